@@ -1,0 +1,968 @@
+"""Every test of the project: pytest test_all.py; minutes on 2 CPU cores, no GPU, no network.
+
+1. Against the truth: closed forms for Gaussian data, Bayes on a grid, hand-computed bounds.
+2. At the edges: t = 1, t = T, T from 2 to 4000, odd shapes, unknown options.
+3. As a user: main() on tiny settings, interruption, damage, every mistake that DESIGN lists.
+4. The house: plumbing identical, imports, equation numbers, README, devices.
+"""
+
+import ast
+import json
+import math
+import os
+import pickle
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from PIL import Image
+from torch._subclasses import FakeTensorMode
+
+import ddpm
+from unet import UNet
+
+torch.set_num_threads(1)  # tensors are tiny here
+ROOT = Path(__file__).parent
+SCRIPTS = {"ddpm": ddpm}
+TINY = (
+    "--steps 4 --batch-size 4 --channels 8 --num-samples 3 --num-test 3 --sample-batch-size 2 "
+    "--log-every 2 --T 20 --mix-at 10 --device cpu"
+).split()
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def within(sample, exact, error, sigmas=3.0):
+    """Each entry of sample within sigmas standard errors of exact; entries are few, seeds fixed."""
+    assert (torch.as_tensor(sample - exact).abs() <= sigmas * torch.as_tensor(error)).all()
+
+
+# ---- 1. Against the truth: DDPM ------------------------------------------------------------------
+
+MU = torch.tensor([0.3, -0.2], dtype=torch.float64)
+SIGMA = torch.tensor([[1.0, 0.3], [0.3, 0.25]], dtype=torch.float64)
+
+
+def exact_eps(schedule, mu=MU, sigma=SIGMA):
+    """E[eps | x_t] for x_0 ~ N(mu, sigma), x (B, 2)."""
+
+    def model(x_t, t):
+        alpha_bar = schedule.alpha_bar[t[0]]
+        precision = torch.linalg.inv(alpha_bar * sigma + (1 - alpha_bar) * torch.eye(len(mu)))
+        return (1 - alpha_bar).sqrt() * (x_t - alpha_bar.sqrt() * mu) @ precision
+
+    return model
+
+
+def test_schedule_has_the_published_values():
+    schedule = ddpm.Schedule()
+    published = [0.9999, 0.99810520, 0.89701815, 0.52408537, 0.07858724, 0.00335055, 4.03583e-5]
+    steps = [1, 10, 100, 250, 500, 750, 1000]
+    torch.testing.assert_close(
+        schedule.alpha_bar[steps], torch.tensor(published, dtype=torch.float64), rtol=1e-5, atol=0
+    )
+    assert schedule.beta_tilde[2].item() == pytest.approx(5.4532e-5, rel=1e-4)
+    first = [getattr(schedule, k)[0].item() for k in ("beta", "alpha", "alpha_bar", "beta_tilde")]
+    assert first == [0, 1, 1, 0] and schedule.beta_tilde[1] == 0
+
+
+@pytest.mark.parametrize("T", [2, 3, 1000, 4000])
+def test_posterior_is_bayes_on_a_grid(T):
+    schedule = ddpm.Schedule(T)
+    for step in sorted({2, (T + 2) // 2, T}):
+        x_0, x_t = torch.tensor([[0.7]]).double(), torch.tensor([[-0.4]]).double()
+        mean, var = ddpm.q_posterior(x_0, x_t, torch.tensor([step]), schedule)
+        grid = mean[0] + var[0].sqrt() * torch.linspace(-12, 12, 20001).double()  # x_{t-1}
+        before, beta = schedule.alpha_bar[step - 1], schedule.beta[step]
+        log_p = -((grid - before.sqrt() * x_0[0]) ** 2) / (2 * (1 - before))
+        log_p = log_p - (x_t[0] - (1 - beta).sqrt() * grid) ** 2 / (2 * beta)
+        p = (log_p - log_p.max()).exp()
+        p = p / p.sum()
+        assert (p * grid).sum().item() == pytest.approx(mean.item(), abs=1e-9)
+        assert (p * (grid - mean[0]) ** 2).sum().item() == pytest.approx(var.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("T", [2, 1000, 4000])
+def test_posterior_at_t_1_is_the_data(T):
+    x_0, x_1 = torch.randn(3, 1, 2, 4), torch.randn(3, 1, 2, 4)
+    mean, var = ddpm.q_posterior(x_0, x_1, torch.ones(3, dtype=torch.long), ddpm.Schedule(T))
+    torch.testing.assert_close(mean, x_0)
+    assert (var == 0).all() and var.shape == (3, 1, 1, 1)
+
+
+def test_q_sample_is_the_chain_of_single_steps():
+    schedule, n = ddpm.Schedule(50, 0.01, 0.2), 40000
+    x = torch.full((n, 1), 0.8).double()
+    for step in range(1, 51):  # Eq. (2)
+        beta = schedule.beta[step]
+        x = (1 - beta).sqrt() * x + beta.sqrt() * torch.randn_like(x)
+    t = torch.full((n,), 50)
+    jump = ddpm.q_sample(torch.full_like(x, 0.8), t, torch.randn_like(x), schedule)
+    assert x.mean().item() == pytest.approx(jump.mean().item(), abs=3 * math.sqrt(2 / n))
+    assert x.var().item() == pytest.approx(jump.var().item(), rel=3 * math.sqrt(4 / n))
+    eps = torch.randn_like(x)
+    x_t = ddpm.q_sample(x, t, eps, schedule)
+    torch.testing.assert_close(ddpm.predict_x_0(x_t, t, eps, schedule), x)
+
+
+@pytest.mark.parametrize("variance", ["large", "small"])
+def test_sampler_follows_the_linear_recursion(variance):
+    """For Gaussian data every step of Alg. 2 is linear: mean and covariance are known exactly."""
+    schedule, n = ddpm.Schedule(), 20000
+    model = exact_eps(schedule)
+    x = ddpm.ddpm_sample(model, torch.randn(n, 2).double(), schedule, variance, clip=False)
+    mean, cov, eye = torch.zeros(2).double(), torch.eye(2).double(), torch.eye(2).double()
+    for step in range(schedule.T, 0, -1):  # Eq. (11) with the exact eps, by hand
+        a_bar, alpha, beta = (getattr(schedule, k)[step] for k in ("alpha_bar", "alpha", "beta"))
+        gain = beta / (1 - a_bar).sqrt() / alpha.sqrt()
+        K = torch.linalg.inv(a_bar * SIGMA + (1 - a_bar) * eye) * (1 - a_bar).sqrt()
+        A = eye / alpha.sqrt() - gain * K
+        noise = {"large": beta, "small": schedule.beta_tilde[step]}[variance] if step > 1 else 0.0
+        mean, cov = A @ mean + gain * K @ (a_bar.sqrt() * MU), A @ cov @ A.T + noise * eye
+    within(x.mean(0), mean, (cov.diagonal() / n).sqrt())
+    outer = cov.diagonal().outer(cov.diagonal())
+    within(x.T.cov(), cov, ((outer + cov**2) / n).sqrt())
+    assert torch.allclose(cov, SIGMA, rtol=0.03, atol=0.003)  # and this is nearly the data's
+
+
+def test_bound_of_a_model_with_a_known_error():
+    """eps_hat = eps + delta: every term of Eq. (5) is known by hand."""
+    schedule, delta = ddpm.Schedule(100), 0.1
+    levels = torch.randint(0, 256, (6, 1, 4, 6))
+    x_0 = levels.double() / 127.5 - 1
+
+    def model(x_t, t):
+        a_bar = schedule.alpha_bar[t[0]]
+        return (x_t - a_bar.sqrt() * x_0) / (1 - a_bar).sqrt() + delta
+
+    beta, alpha = schedule.beta, schedule.alpha
+    a_bar, tilde = schedule.alpha_bar, schedule.beta_tilde
+    for variance in ("large", "small"):
+        bits = ddpm.bits_per_dim(model, x_0, schedule, variance, clip=False)
+        sigma2 = (beta if variance == "large" else tilde)[2:]
+        weight = beta[2:] ** 2 / (2 * sigma2 * alpha[2:] * (1 - a_bar[2:]))  # Eq. (12)
+        gaussian = 0.5 * (tilde[2:] / sigma2 - 1 - (tilde[2:] / sigma2).log())
+        L_t = (weight * delta**2 + gaussian) / math.log(2)
+        torch.testing.assert_close(bits["L_t"], L_t.expand(6, -1), rtol=1e-5, atol=1e-12)
+        square = x_0.square().flatten(1).mean(1)
+        L_T = 0.5 * ((1 - a_bar[-1]) + a_bar[-1] * square - 1 - (1 - a_bar[-1]).log()) / math.log(2)
+        torch.testing.assert_close(bits["L_T"], L_T, rtol=1e-5, atol=1e-12)
+        mean, std = x_0 - (1 / a_bar[1] - 1).sqrt() * delta, tilde[2].sqrt()
+        normal = torch.distributions.Normal(mean, std)
+        low, high = normal.cdf(x_0 - 1 / 255), normal.cdf(x_0 + 1 / 255)  # Eq. (13)
+        low[levels == 0], high[levels == 255] = 0, 1
+        L_0 = -(high - low).log2().flatten(1).mean(1)
+        torch.testing.assert_close(bits["L_0"], L_0, rtol=1e-5, atol=0)
+        total = bits["L_T"] + bits["L_t"].sum(1) + bits["L_0"]
+        torch.testing.assert_close(bits["total"], total)
+        assert bits["L_t"].shape == (6, 99) and bits["mse"].shape == (6, 100)
+        mse = ((1 / a_bar[1:] - 1) * delta**2).expand(6, -1)
+        torch.testing.assert_close(bits["mse"], mse, rtol=1e-5, atol=0)
+
+
+def test_bound_in_float32_agrees_with_float64():
+    schedule = ddpm.Schedule()
+    x_0 = torch.randint(0, 256, (2, 1, 4, 4)).double() / 127.5 - 1
+
+    def model(x_t, t):
+        return x_t * 0.9
+
+    torch.manual_seed(1)
+    precise = ddpm.bits_per_dim(model, x_0, schedule)
+    noise = []
+    torch.manual_seed(1)
+    noise = [torch.randn_like(x_0) for _ in range(schedule.T)]
+    replay = iter(noise)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "randn_like", lambda x: next(replay).to(x.dtype))
+        single = ddpm.bits_per_dim(model, x_0.float(), schedule)
+    for key in ("L_T", "L_0", "total"):
+        torch.testing.assert_close(single[key].double(), precise[key], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("std", [1e-4, 0.0074, 0.3, 10.0, 1000.0])
+def test_decoder_is_a_distribution_over_256_levels(std):
+    levels = (torch.arange(256).double() / 127.5 - 1)[:, None]
+    mean = torch.tensor([-3.0, -1.0, -0.997, 0.0, 0.0021, 0.5, 1.0, 7.0]).double()
+    log_p = ddpm.decoder_log_prob(levels, mean, torch.tensor(std**2).double())
+    torch.testing.assert_close(log_p.exp().sum(0), torch.ones(8).double(), rtol=0, atol=1e-6)
+
+
+def test_mean_bound_of_the_exact_model_on_gaussian_data():
+    """With the exact eps, L_{t-1} is of_x_0^2 Var(x_0 | x_t) / (2 beta_tilde_t) on average."""
+    schedule, n, variance = ddpm.Schedule(60, 1e-3, 0.2), 40000, 0.25
+    x_0 = torch.randn(n, 1).double() * math.sqrt(variance)
+    model = exact_eps(schedule, torch.zeros(1).double(), torch.full((1, 1), variance).double())
+    bits = ddpm.bits_per_dim(lambda x, t: model(x, t), x_0, schedule, "small", clip=False)
+    a_bar, before = schedule.alpha_bar[2:], schedule.alpha_bar[1:-1]
+    of_x_0 = before.sqrt() * schedule.beta[2:] / (1 - a_bar)
+    spread = variance * (1 - a_bar) / (a_bar * variance + 1 - a_bar)  # Var(x_0 | x_t)
+    exact = of_x_0**2 * spread / (2 * schedule.beta_tilde[2:]) / math.log(2)
+    within(bits["L_t"].mean(0), exact, bits["L_t"].std(0) / math.sqrt(n), sigmas=4)
+
+
+def test_losses_of_simple_models():
+    schedule, x_0 = ddpm.Schedule(), torch.rand(4000, 1, 4, 2) * 2 - 1
+    copy = x_0.clone()
+    zero = ddpm.ddpm_loss(lambda x_t, t: torch.zeros_like(x_t), x_0, schedule)
+    assert zero.item() == pytest.approx(1, abs=3 * math.sqrt(2 / x_0.numel()))
+    assert torch.equal(x_0, copy)
+
+    def off_by(delta):
+        def model(x_t, t):
+            a_bar = schedule.alpha_bar[t].view(-1, 1, 1, 1)
+            return ((x_t - a_bar.sqrt() * x_0) / (1 - a_bar).sqrt() + delta).float()
+
+        return model
+
+    assert ddpm.ddpm_loss(off_by(0.2), x_0, schedule).item() == pytest.approx(0.04, rel=1e-3)
+    weight = (schedule.beta / (2 * schedule.alpha * (1 - schedule.alpha_bar)))[1:]  # Eq. (12)
+    loss = ddpm.ddpm_loss(off_by(0.2), x_0, schedule, "vlb").item()
+    error = 3 * weight.std().item() * 0.04 / math.sqrt(len(x_0))
+    assert loss == pytest.approx(0.04 * weight.mean().item(), abs=error)
+
+
+def test_training_draws_every_t_from_1_to_T():
+    drawn = []
+
+    def model(x_t, t):
+        drawn.append(t)
+        return torch.zeros_like(x_t)
+
+    ddpm.ddpm_loss(model, torch.zeros(4000, 1), ddpm.Schedule(5))
+    counts = torch.cat(drawn).bincount(minlength=6)
+    assert counts[0] == 0 and len(counts) == 6
+    assert ((counts[1:] - 800).abs() < 4 * math.sqrt(800)).all()
+
+
+# ---- 2. At the edges: DDPM and the U-Net ---------------------------------------------------------
+
+
+@pytest.mark.parametrize("T", [2, 3, 16, 4000])
+def test_sampler_evaluates_T_times_and_records(T):
+    schedule, seen, record = ddpm.Schedule(T), [], []
+
+    def model(x_t, t):
+        assert t.shape == (1,) and t.dtype == torch.int64
+        seen.append(t.item())
+        return x_t * 0.5
+
+    x_T = torch.randn(1, 3, 2, 4)
+    x_0 = ddpm.ddpm_sample(model, x_T, schedule, record=record)
+    assert seen == list(range(T, 0, -1))
+    assert torch.equal(record[0], x_T) and torch.equal(record[-1], x_0)
+    assert len(record) == min(T, 15) + 1 and x_0.isfinite().all() and x_0.abs().max() <= 1
+    bits = ddpm.bits_per_dim(model, x_T.clamp(-1, 1), schedule)
+    assert bits["total"].isfinite().all()
+
+
+def test_variances_at_both_ends():
+    schedule, x = ddpm.Schedule(10), torch.ones(3, 2)
+    t = torch.tensor([1, 2, 10])
+    for variance, table in (("large", schedule.beta), ("small", schedule.beta_tilde)):
+        _, var, _ = ddpm.p_mean_variance(lambda x, t: 0 * x, x, t, schedule, variance)
+        exact = torch.stack([schedule.beta_tilde[2], table[2], table[10]])
+        torch.testing.assert_close(var[:, 0], exact.float())
+
+
+def test_clipping_happens_before_the_mean():
+    schedule, t, x_t = ddpm.Schedule(), torch.tensor([1000]), torch.full((1, 2), 3.0)
+    clipped, _, x_0_hat = ddpm.p_mean_variance(lambda x, t: 0 * x, x_t, t, schedule)
+    assert (x_0_hat == 1).all()
+    torch.testing.assert_close(clipped, ddpm.q_posterior(x_0_hat, x_t, t, schedule)[0])
+    free, _, x_0_hat = ddpm.p_mean_variance(lambda x, t: 0 * x, x_t, t, schedule, clip=False)
+    assert (x_0_hat > 100).all()
+    torch.testing.assert_close(free, x_t / schedule.alpha[1000].sqrt().float())  # Eq. (11), eps 0
+
+
+def test_interpolation_keeps_its_noise_and_its_ends():
+    schedule = ddpm.Schedule(100)
+    x_0, x_0_prime = torch.full((2, 1, 2, 2), 0.5), torch.full((2, 1, 2, 2), -0.5)
+    starts = []
+
+    def model(x_t, t):
+        if t[0] == 40:
+            starts.append(x_t)
+        return torch.zeros_like(x_t)
+
+    out = ddpm.interpolate(model, x_0, x_0_prime, 40, [0.0, 0.5, 1.0], schedule)
+    assert len(out) == 3 and out[0].shape == x_0.shape
+    torch.testing.assert_close(starts[1], (starts[0] + starts[2]) / 2)  # linear, noise fixed
+    assert starts[0].mean() > starts[2].mean() and not torch.equal(starts[0][0], starts[0][1])
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda s, x: ddpm.Schedule(1),
+        lambda s, x: ddpm.Schedule(10, 0.0, 0.1),
+        lambda s, x: ddpm.Schedule(10, 0.1, 1.0),
+        lambda s, x: ddpm.Schedule(10, 0.2, 0.1),
+        lambda s, x: ddpm.ddpm_loss(lambda x, t: x, x, s, objective="mse"),
+        lambda s, x: ddpm.ddpm_sample(lambda x, t: x, x, s, variance="learned"),
+        lambda s, x: UNet(channels=130),
+        lambda s, x: UNet(3, 3, 8, (1, 2, 2), 1, ())(torch.zeros(1, 3, 8, 6), torch.zeros(1)),
+        lambda s, x: UNet(3, 3, 8, (1, 2), 1, ())(torch.zeros(1, 1, 8, 8), torch.zeros(1)),
+    ],
+)
+def test_unknown_options_and_bad_shapes_are_value_errors(wrong):
+    with pytest.raises(ValueError):
+        wrong(ddpm.Schedule(5), torch.zeros(2, 3))
+
+
+def published_net(net, x, t):
+    """The released U-Net from UNet's weights, written independently: NCHW, one layer after another,
+    q, k and v apart, softmax by hand, the swish of the time embedding in every block."""
+    w = dict(net.named_parameters())
+    conv, pad = torch.nn.functional.conv2d, torch.nn.functional.pad
+
+    def norm(name, h):
+        B, C, H, W = h.shape
+        g = h.reshape(B, 32, -1)
+        g = (g - g.mean(2, keepdim=True)) / (g.var(2, keepdim=True, unbiased=False) + 1e-6).sqrt()
+        g = g.view(B, C, H, W) * w[f"{name}.weight"].view(-1, 1, 1)
+        return g + w[f"{name}.bias"].view(-1, 1, 1)
+
+    def swish(h):
+        return h * torch.sigmoid(h)
+
+    def conv3(name, h):
+        return conv(h, w[f"{name}.weight"], w[f"{name}.bias"], padding=1)
+
+    def dense(name, h):
+        return h @ w[f"{name}.weight"].T + w[f"{name}.bias"]
+
+    def block(name, h):
+        y = conv3(f"{name}.conv1", swish(norm(f"{name}.norm1", h)))
+        y = y + dense(f"{name}.temb", swish(temb))[:, :, None, None]
+        y = conv3(f"{name}.conv2", swish(norm(f"{name}.norm2", y)))
+        if f"{name}.shortcut.weight" in w:
+            h = conv(h, w[f"{name}.shortcut.weight"], w[f"{name}.shortcut.bias"])
+        h = h + y
+        if f"{name}.attention.norm.weight" not in w:
+            return h
+        B, C, H, W = h.shape
+        y = norm(f"{name}.attention.norm", h).view(B, C, H * W)
+        weight, bias = w[f"{name}.attention.qkv.weight"], w[f"{name}.attention.qkv.bias"]
+        q, k, v = (torch.einsum("oc,bcn->bon", weight[i * C:(i + 1) * C], y)
+                   + bias[i * C:(i + 1) * C, None] for i in range(3))
+        attention = (torch.einsum("bcn,bcm->bnm", q, k) * C**-0.5).softmax(dim=2)
+        y = torch.einsum("bnm,bcm->bcn", attention, v)
+        weight, bias = w[f"{name}.attention.out.weight"], w[f"{name}.attention.out.bias"]
+        return h + (torch.einsum("oc,bcn->bon", weight, y) + bias[:, None]).view(B, C, H, W)
+
+    i = torch.arange(64)
+    angle = t[:, None].float() * torch.exp(-i * math.log(10000) / 63)
+    temb = torch.cat([torch.sin(angle), torch.cos(angle)], 1)
+    temb = dense("time_mlp.2", swish(dense("time_mlp.0", temb)))
+    h = conv3("conv_in", x)
+    skips, down, up = [h], iter(range(11)), iter(range(15))
+    for level in range(4):
+        for _ in range(2):
+            h = block(f"down.{next(down)}", h)
+            skips.append(h)
+        if level < 3:
+            name = f"down.{next(down)}.conv"
+            h = conv(pad(h, (0, 1, 0, 1)), w[f"{name}.weight"], w[f"{name}.bias"], stride=2)
+            skips.append(h)
+    h = block("mid.1", block("mid.0", h))
+    for level in reversed(range(4)):
+        for _ in range(3):
+            h = block(f"up.{next(up)}", torch.cat([h, skips.pop()], 1))
+        if level > 0:
+            h = conv3(f"up.{next(up)}.conv", h.repeat_interleave(2, 2).repeat_interleave(2, 3))
+    return conv3("conv_out", swish(norm("norm_out", h)))
+
+
+def test_unet_is_the_published_network():
+    net = UNet().eval()
+    assert sum(p.numel() for p in net.parameters()) == 35_746_307
+    x, t = torch.randn(2, 3, 32, 32), torch.tensor([0, 999])
+    with torch.no_grad():
+        assert net(x, t).abs().max() < 1e-3  # almost zero before training
+        for p in net.parameters():  # weights that let every layer speak
+            p.add_(0.02 * torch.randn_like(p))
+        out, expected = net(x, t), published_net(net, x, t)
+    assert expected.std() > 0.1
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-4)
+
+
+def test_unet_init_is_the_released_one():
+    net = UNet(channels=64)
+    conv, attention = net.down[0].conv1.weight, net.mid[0].attention
+    limit = math.sqrt(6 / (64 * 9 + 64 * 9))  # variance 1 / mean(fan-in, fan-out), uniform
+    assert limit * 0.99 < conv.abs().max() <= limit
+    assert attention.qkv.weight.abs().max() <= math.sqrt(6 / (128 + 128))
+    assert attention.qkv.weight.abs().max() > 0.99 * math.sqrt(6 / (128 + 128))
+    for last in (net.down[0].conv2, attention.out, net.conv_out):
+        assert 0 < last.weight.abs().max() < 1e-5
+    assert all((p == 0).all() for name, p in net.named_parameters() if name.endswith("bias"))
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 8, 8), (2, 1, 16, 12), (3, 3, 4, 20)])
+def test_unet_takes_any_size_that_halves(shape):
+    net = UNet(shape[1], 5, 8, (1, 2, 2), 1, (4,), 0.5, 8).eval()
+    x = torch.randn(shape)
+    for t in (torch.full(shape[:1], 7), torch.full(shape[:1], 7.0)):
+        out = net(x, t)
+        assert out.shape == (shape[0], 5, *shape[2:]) and out.isfinite().all()
+    assert torch.equal(out, net(x, t))  # eval: no dropout
+    assert not torch.equal(net.train()(x, t + 500), net.train()(x, t + 500))
+    assert sum("attention.qkv.weight" in name for name, _ in net.named_parameters()) == 4
+
+
+def test_unet_names_the_multiple():
+    with pytest.raises(ValueError, match="multiples of 8"):
+        UNet(3, 3, 32)(torch.zeros(1, 3, 32, 28), torch.zeros(1))
+
+
+# ---- 3. As a user --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """An empty current directory with a folder `photos` of 20 colour images in two classes."""
+    monkeypatch.chdir(tmp_path)
+    generator = np.random.default_rng(0)
+    for i in range(20):
+        path = tmp_path / "photos" / ("cat" if i % 2 else "dog") / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(generator.integers(0, 256, (11, 17, 3), np.uint8)).save(path)
+    return tmp_path
+
+
+def run(*words, module=ddpm):
+    module.main([*TINY, *words])
+
+
+def refused(capsys, *words, module=ddpm, match=""):
+    """main() ends with exit code 2 and one line on stderr, which it returns."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        run(*words, module=module)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1, error
+    assert error.startswith(f"{module.SCRIPT}.py: error: ") and re.search(match, error), error
+    return error
+
+
+def snapshot(path):
+    return {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in path.rglob("*") if p.is_file()}
+
+
+def equal(a, b):
+    """Bit for bit, through dicts, lists and tensors."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return a == b
+
+
+def test_default_run_and_every_task(folder):
+    run("--out", "run")
+    names = {"checkpoint.pt", "images", "log.jsonl", "process.png", "results.json", "samples.png"}
+    assert {p.name for p in Path("run").iterdir()} == names
+    log = [json.loads(line) for line in Path("run/log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in log] == [1, 2, 4]
+    assert log[0]["loss"] == pytest.approx(1, abs=0.2)
+    results = json.loads(Path("run/results.json").read_text())
+    assert results["sample"]["n"] == 3 and results["sample"]["evaluations"] == 20
+    bits = results["bpd"]["bits_per_dim"]
+    assert results["bpd"]["n"] == 3 and bits["standard_error"] > 0
+    assert bits["total"] == pytest.approx(bits["L_T"] + bits["L_t"] + bits["L_0"])
+    assert len(list(Path("run/images").iterdir())) == 3
+    assert Image.open("run/images/000002.png").size == (16, 16)
+    assert Image.open("run/process.png").size == (16 * 50 + 2, 5 * 50 + 2)  # q, 2 x (x_t, x_0_hat)
+
+    for task in ("sample", "bpd", "progressive", "interpolate"):
+        ddpm.main(["--checkpoint", "run/checkpoint.pt", "--task", task])
+    assert Path("run/interpolate/interpolation.png").is_file()
+    again = Path("run/sample/images/000002.png").read_bytes()
+    assert again == Path("run/images/000002.png").read_bytes()  # same seed, same images
+    table = json.loads(Path("run/progressive/results.json").read_text())["progressive"]["table"]
+    assert [row[0] for row in table] == [20, 18, 16, 14, 12, 10, 8, 6, 4, 2]
+    assert all(a[1] > b[1] for a, b in zip(table, table[1:], strict=False))  # rate grows with time
+    bits = json.loads(Path("run/bpd/results.json").read_text())["bpd"]["bits_per_dim"]
+    assert table[0][1] == pytest.approx(bits["L_T"] + bits["L_t"], abs=0.05)
+
+
+def test_resume_is_bit_for_bit(folder):
+    flags = ("--flip", "--dropout", "0.1", "--warmup", "3", "--log-every", "3")
+    run(*flags, "--steps", "10", "--out", "whole")
+    run(*flags, "--steps", "5", "--out", "parts")
+    with open("parts/log.jsonl", "a") as file:  # as after a crash past the checkpoint
+        file.write('{"step": 6, "loss": 0.0}\n{"step": 7, "lo')
+    ddpm.main(["--resume", "--out", "parts", "--steps", "10"])
+    whole, parts = (ddpm.load_checkpoint(f"{name}/checkpoint.pt") for name in ("whole", "parts"))
+    assert whole["step"] == 10 and equal(whole, parts)
+    assert Path("whole/log.jsonl").read_text() == Path("parts/log.jsonl").read_text()
+    image = "images/000001.png"
+    assert Path("whole", image).read_bytes() == Path("parts", image).read_bytes()
+
+
+def test_a_run_folder_is_never_overwritten(folder, capsys):
+    run("--out", "run")
+    before = snapshot(Path("run"))
+    refused(capsys, "--out", "run", match="--resume")
+    refused(capsys, "--checkpoint", "run/checkpoint.pt", "--out", "run", match="not empty")
+    refused(capsys, "--resume", "--checkpoint", "run/checkpoint.pt", match="leave out")
+    ddpm.main(["--checkpoint", "run/checkpoint.pt", "--task", "interpolate"])
+    refused(capsys, "--checkpoint", "run/checkpoint.pt", "--task", "interpolate", match="not empty")
+    after = snapshot(Path("run"))
+    assert all(after[path] == content for path, content in before.items())
+
+
+@pytest.mark.parametrize(
+    ("words", "match"),
+    [
+        ("--dataset nowhere", "no data set nowhere: take digits, mnist"),
+        ("--dataset empty", "no jpg, png or webp"),
+        ("--dataset broken", "broken/3.png is no readable image"),
+        ("--image-size 18", "multiples of 4"),
+        ("--image-size 16 16 16", "image-size"),
+        ("--steps 0", "--steps: 0 is not in"),
+        ("--lr nan", "--lr: nan is not in"),
+        ("--lr fast", "invalid float value"),
+        ("--dropout 1", "--dropout"),
+        ("--batch-size -1", "--batch-size"),
+        ("--T 1", "--T"),
+        ("--beta-1 0.5 --beta-T 0.1", "0 < beta"),
+        ("--mix-at 21", "--mix-at 21"),
+        ("--channels 130", "multiple of 32"),
+        ("--variance learned", "invalid choice: 'learned'"),
+        ("--task fly", "invalid choice: 'fly'"),
+        ("--frobnicate", "unrecognized arguments"),
+        ("--device cuda:99", "no device cuda:99"),
+        ("--device abacus", "no device abacus"),
+        ("--resume", "there is no checkpoint runs/ddpm-digits/checkpoint.pt"),
+        ("--checkpoint nothing.pt", "there is no checkpoint nothing.pt"),
+        ("--checkpoint truncated.pt", "truncated"),
+        ("--checkpoint text.pt", "cannot read the checkpoint"),
+        ("--checkpoint foreign.pt", "a checkpoint of ncsn.py"),
+        ("--checkpoint hostile.pt", "cannot read the checkpoint"),
+        ("--checkpoint good/checkpoint.pt --channels 16", "another network"),
+        ("--out good", "not empty"),
+        ("--out photos/cat/1.png/run", "photos/cat/1.png"),
+    ],
+)
+def test_mistakes_end_in_one_line(folder, capsys, words, match, good_run):
+    shutil.copytree(good_run, "good")
+    Path("empty").mkdir()
+    shutil.copytree("photos/cat", "broken")
+    Path("broken/3.png").write_bytes(Path("broken/1.png").read_bytes()[:200])
+    good = Path("good/checkpoint.pt").read_bytes()
+    Path("truncated.pt").write_bytes(good[: len(good) // 2])
+    Path("text.pt").write_text("weights")
+    ddpm.save_checkpoint("foreign.pt", {"method": "ncsn", "args": {}})
+
+    class Hostile:
+        def __reduce__(self):
+            return os.mkdir, ("owned",)
+
+    torch.save({"method": "ddpm", "args": Hostile()}, "hostile.pt")
+    pickle.dumps(Hostile())  # it is a working pickle
+    before = snapshot(folder)
+    refused(capsys, *words.split(), match=match)
+    assert snapshot(folder) == before and not Path("owned").exists()
+
+
+@pytest.fixture(scope="session")
+def good_run(tmp_path_factory):
+    path = tmp_path_factory.mktemp("good") / "run"
+    run("--out", str(path))
+    return path
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(folder, capsys):
+    import resource
+
+    run("--out", "run", "--steps", "2")
+    good = Path("run/checkpoint.pt").read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(good) // 2, limits[1]))
+    try:
+        refused(capsys, "--out", "run", "--resume", "--steps", "4", match="is the disk full")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert Path("run/checkpoint.pt").read_bytes() == good
+    assert not Path("run/checkpoint.pt.part").exists()
+
+
+def test_no_flipped_byte_loads_wrong_values(tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    state = {"method": "ddpm", "args": {"T": 7}, "ema": {"w": torch.randn(40), "b": torch.ones(3)}}
+    ddpm.save_checkpoint(path, state)
+    good, refused = path.read_bytes(), 0
+    for i in range(len(good)):
+        path.write_bytes(good[:i] + bytes([good[i] ^ (1 << i % 8)]) + good[i + 1 :])
+        try:
+            assert equal(ddpm.load_checkpoint(path), state), f"byte {i}"
+        except ValueError:
+            refused += 1
+    assert refused > 500
+    for i in range(0, len(good), 37):
+        path.write_bytes(good[:i])
+        with pytest.raises(ValueError, match="truncated"):
+            ddpm.load_checkpoint(path)
+
+
+def start(*words, **environment):
+    """ddpm.py in a process of its own, one thread."""
+    command = [sys.executable, str(ROOT / "ddpm.py"), *TINY, *words]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(command, env=environment, **pipes)
+
+
+def wait_for(path, process):
+    for _ in range(1200):
+        if path.exists():
+            return
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.05)
+    raise AssertionError(f"no {path}")
+
+
+def test_signals_kill_and_resume(folder):
+    endless = ("--steps", "1000000", "--save-every", "1", "--out", "run")
+    process = start(*endless)
+    wait_for(Path("run/checkpoint.pt"), process)
+    time.sleep(0.3)
+    process.kill()  # kill -9, in the middle of saving as likely as not
+    process.wait()
+    killed = ddpm.load_checkpoint("run/checkpoint.pt")["step"]
+    assert killed > 0
+    process = start(*endless, "--resume", "--save-every", "1000000")
+    log = Path("run/log.jsonl")
+    while log.read_text().count("\n") < killed // 2 + 3:
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=60)
+    state = ddpm.load_checkpoint("run/checkpoint.pt")
+    assert process.returncode == 128 + signal.SIGTERM and state["step"] > killed
+    assert f"stopped after step {state['step']}".encode() in out
+
+
+def test_copied_alone_it_still_runs(folder):
+    """A script and unet.py in an empty folder are enough."""
+    for name in ("ddpm.py", "unet.py"):
+        shutil.copy(ROOT / name, folder)
+    words = [*TINY, "--dataset", "photos", "--image-size", "8"]
+    subprocess.run([sys.executable, "ddpm.py", *words], check=True, capture_output=True)
+    assert Image.open("runs/ddpm-photos/images/000000.png").mode == "RGB"
+
+
+@pytest.mark.parametrize("size", [("8",), ("16", "24")])
+def test_folders_of_images(folder, size):
+    run("--dataset", "photos", "--image-size", *size, "--out", "run")
+    assert Image.open("run/images/000000.png").size == (int(size[-1]), int(size[0]))
+    shape = tuple(int(side) for side in size)
+    images, labels = ddpm.load_images("photos", "", shape, train=True)
+    test, _ = ddpm.load_images("photos", "", shape, train=False)
+    assert images.dtype == torch.uint8 and images.shape == (18, 3, shape[0], shape[-1])
+    assert len(test) == 2 and labels.dtype == torch.int64 and labels.unique().tolist() == [0, 1]
+    shutil.copytree("photos", "split/train")
+    shutil.copytree("photos/cat", "split/test")
+    assert len(ddpm.load_images("split", "", 8, True)[0]) == 20
+    assert len(ddpm.load_images("split", "", 8, False)[0]) == 10
+    Path("grey").mkdir()
+    for i in range(10):
+        Image.fromarray(np.full((9, 30), 20 * i, np.uint8)).save(f"grey/{i}.jpg")
+    grey, _ = ddpm.load_images("grey", "", 6, True)
+    assert grey.shape == (9, 1, 6, 6) and (grey.flatten(1).float().std(1) < 2).all()
+
+
+def test_folder_images_are_cropped_at_the_centre(folder):
+    Path("wide").mkdir()
+    pixels = np.zeros((8, 24), np.uint8)
+    pixels[:, 8:16] = 200
+    for i in range(10):
+        Image.fromarray(pixels).save(f"wide/{i}.png")
+    assert (ddpm.load_images("wide", "", 8, True)[0] == 200).all()
+
+
+def test_bundled_digits():
+    train, labels = ddpm.load_images("digits", "", 16, train=True)
+    test, test_labels = ddpm.load_images("digits", "", 16, train=False)
+    assert train.shape == (4500, 1, 16, 16) and test.shape == (500, 1, 16, 16)
+    assert labels.bincount().tolist() == [450] * 10 and test_labels.bincount().tolist() == [50] * 10
+    both = torch.cat([train, test])
+    assert len(both.flatten(1).unique(dim=0)) == 5000  # no test digit is a training digit
+    assert (both[:, :, [0, -1]] == 0).all() and (both[:, :, :, [0, -1]] == 0).all()  # the padding
+    means = torch.stack([train[labels == k].float().mean(0) for k in range(10)])
+    near = torch.cdist(test.float().flatten(1), means.flatten(1)).argmin(1)
+    assert (near == test_labels).float().mean() > 0.75  # the tiles are cut and labelled right
+
+
+def test_cifar10_and_mnist_files_as_torchvision_lays_them(folder, monkeypatch, capsys):
+    root, pixels = Path("data/cifar-10-batches-py"), np.arange(10 * 3072) % 256
+    root.mkdir(parents=True)
+    for name in [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]:
+        batch = {"data": pixels.reshape(10, 3072).astype(np.uint8), "labels": list(range(10))}
+        (root / name).write_bytes(pickle.dumps(batch))
+    (root / "batches.meta").write_bytes(pickle.dumps({"label_names": list("abcdefghij")}))
+    monkeypatch.setattr(torchvision.datasets.CIFAR10, "_check_integrity", lambda self: True)
+    monkeypatch.setattr(torchvision.datasets.cifar, "check_integrity", lambda path, md5: True)
+    run("--dataset", "cifar10", "--num-res-blocks", "1", "--out", "cifar")
+    images, labels = ddpm.load_images("cifar10", "data", 32, train=True)
+    assert images.shape == (50, 3, 32, 32) and labels[3] == 3
+    assert images[0, 1, 0, :3].tolist() == [0, 1, 2]  # the green plane begins at byte 1024
+
+    raw = Path("data/MNIST/raw")
+    raw.mkdir(parents=True)
+    for part, n in (("train", 12), ("t10k", 5)):
+        head = np.array([0x803, n, 28, 28], ">i4").tobytes()
+        (raw / f"{part}-images-idx3-ubyte").write_bytes(head + bytes(range(n)) * 784)
+        head = np.array([0x801, n], ">i4").tobytes()
+        (raw / f"{part}-labels-idx1-ubyte").write_bytes(head + bytes(range(n)))
+    run("--dataset", "mnist", "--channel-mult", "1", "1", "--num-res-blocks", "1", "--out", "mnist")
+    assert ddpm.load_images("mnist", "data", 28, train=False)[0].shape == (5, 1, 28, 28)
+
+    def unreachable(*args, **kwargs):
+        raise OSError("<urlopen error [Errno -3] Temporary failure in name resolution>")
+
+    monkeypatch.setitem(ddpm.DATASETS, "cifar10", (unreachable, "cifar-10-python.tar.gz"))
+    refused(capsys, "--dataset", "cifar10", "--out", "x", match="data/cifar-10-python.tar.gz")
+
+
+class Toy(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.w = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
+
+
+def toy_args(out, *words):
+    return ddpm.parse_args([*TINY, "--out", str(out), "--lr", "0.1", "--warmup", "0", *words])
+
+
+def test_ema_warmup_and_clipping(tmp_path):
+    model, args = Toy(), toy_args(tmp_path, "--steps", "6", "--ema-decay", "0.3", "--warmup", "4")
+    path, ema = [], model.w.detach().clone()
+
+    def loss_fn(rows):
+        path.append(model.w.detach().clone())
+        return (model.w * 100).sum()
+
+    result = ddpm.fit(model, loss_fn, (torch.arange(9),), args)
+    path.append(model.w.detach().clone())
+    for n in range(1, 7):
+        decay = min(0.3, (1 + n) / (10 + n))
+        ema = decay * ema + (1 - decay) * path[n]
+        torch.testing.assert_close(path[n - 1] - path[n], torch.full((2,), 0.1 * min(1, n / 4)))
+    torch.testing.assert_close(result.w, ema)
+    assert not result.training and not result.w.requires_grad
+    log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert log[0]["grad_norm"] == pytest.approx(100 * math.sqrt(2)) and log[0]["lr"] == 0.025
+
+
+def test_non_finite_steps_touch_nothing(tmp_path, capsys):
+    model, args, calls = Toy(), toy_args(tmp_path, "--steps", "40", "--save-every", "1"), []
+
+    def loss_fn(rows):
+        calls.append(model.w.detach().clone())
+        bad = len(calls) == 3 or len(calls) > 20
+        return model.w.sum() * (math.nan if bad else 1.0)
+
+    with pytest.raises(SystemExit):
+        ddpm.fit(model, loss_fn, (torch.arange(9),), args)
+    assert len(calls) == 30 and "10 steps" in capsys.readouterr().err
+    assert torch.equal(calls[2], calls[3]) and not torch.equal(calls[3], calls[4])
+    state = ddpm.load_checkpoint(tmp_path / "checkpoint.pt")
+    assert state["skipped"] == 10 and torch.equal(state["model"]["w"], calls[-1])
+    assert state["model"]["w"].isfinite().all() and state["ema"]["w"].isfinite().all()
+
+
+def test_rows_of_all_parts_stay_together_and_flips_mirror(tmp_path):
+    images = torch.arange(50 * 6, dtype=torch.uint8).view(50, 1, 2, 3)
+    model, kinds = Toy(), []
+
+    def loss_fn(rows, labels):
+        plain = (rows == images[labels]).flatten(1).all(1)
+        mirrored = (rows == images[labels].flip(-1)).flatten(1).all(1)
+        assert (plain ^ mirrored).all() and rows.dtype == torch.uint8
+        kinds.append(mirrored.float().mean().item())
+        return model.w.sum()
+
+    args = toy_args(tmp_path, "--batch-size", "400", "--flip")
+    ddpm.fit(model, loss_fn, (images, torch.arange(50)), args)
+    assert all(abs(share - 0.5) < 0.1 for share in kinds)
+
+
+def torchrun(*words, cwd):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    options = {"cwd": cwd, "env": environment, "capture_output": True, "text": True}
+    done = subprocess.run([*command, *words], **options)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def test_two_processes_average_their_gradients(folder):
+    Path("driver.py").write_text(f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+import ddpm, torch
+torch.manual_seed(ddpm.RANK)
+class Toy(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.w = torch.nn.Parameter(torch.randn(4))  # another start in each process
+args = ddpm.parse_args({TINY!r} + ["--out", "toy", "--grad-clip", "0", "--steps", "4"])
+ddpm.setup(args)
+toy = Toy()
+ema = ddpm.fit(toy, lambda rows: (toy.w * (1 + 2 * ddpm.RANK)).sum(), (torch.arange(9),), args)
+torch.save((toy.w, ema.w, torch.rand(1)), f"rank{{ddpm.RANK}}.pt")
+""")
+    torchrun("driver.py", cwd=folder)
+    (w0, ema0, r0), (w1, ema1, r1) = (torch.load(f"rank{i}.pt") for i in (0, 1))
+    assert torch.equal(w0, w1) and torch.equal(ema0, ema1) and r0 != r1
+    log = [json.loads(line) for line in Path("toy/log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in log] == [1, 2, 4]  # written once
+    assert log[0]["grad_norm"] == pytest.approx(2 * 2)  # the mean of 1 and 3, over 4 weights
+
+
+def test_torchrun_trains_and_samples(folder):
+    done = torchrun(str(ROOT / "ddpm.py"), *TINY, "--out", "run", cwd=folder)
+    assert done.stdout.count("step 4 of 4") == 1 and done.stdout.count("3 of 3 images") == 1
+    assert ddpm.load_checkpoint("run/checkpoint.pt")["step"] == 4
+    assert len(list(Path("run/images").iterdir())) == 3
+
+
+# ---- 4. The house --------------------------------------------------------------------------------
+
+PER_PAPER = {"PRESETS", "parse_args", "main", "bits_per_dim", "inpaint"}
+PLUMBING = {"fail", "one_line_errors", "number", "base_parser", "read_args", "setup", "load_images",
+            "build_unet", "load_weights", "call", "save_checkpoint", "load_checkpoint", "Loss",
+            "fit", "report", "save_grid", "save_images", "save_results"}
+BANNERS = ["# ---- The method -", "# ---- Plumbing: ", "# ---- The run -"]
+
+
+def parts(name):
+    """The docstring, and the text under each of the three banners."""
+    text = (ROOT / f"{name}.py").read_text()
+    places = [text.index(banner) for banner in BANNERS]
+    assert [text.count(banner) for banner in BANNERS] == [1, 1, 1] and places == sorted(places)
+    method, plumbing, run = (text[a:b] for a, b in zip(places, [*places[1:], None], strict=True))
+    return ast.get_docstring(ast.parse(text)), method, plumbing, run
+
+
+def definitions(name):
+    """Top-level names of a script with their exact text."""
+    text = (ROOT / f"{name}.py").read_text()
+    found = {}
+    for node in ast.parse(text).body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            found[node.name] = ast.get_source_segment(text, node)
+        elif isinstance(node, ast.Assign):
+            found[ast.unparse(node.targets[0])] = ast.get_source_segment(text, node)
+    return found
+
+
+def test_plumbing_is_identical_and_complete():
+    assert {path.stem for path in ROOT.glob("*.py")} == {"unet", "test_all", *SCRIPTS}
+    assert len({parts(name)[2] for name in SCRIPTS}) == 1
+    every = {name: definitions(name) for name in SCRIPTS}
+    for name, found in every.items():
+        assert PLUMBING <= found.keys(), PLUMBING - found.keys()
+        for other in every:
+            for key in (found.keys() & every[other].keys()) - PER_PAPER:
+                assert found[key] == every[other][key], f"{key} differs in {name} and {other}"
+
+
+@pytest.mark.parametrize("name", [*SCRIPTS, "unet"])
+def test_imports_and_line_lengths(name):
+    text = (ROOT / f"{name}.py").read_text()
+    assert max(map(len, text.splitlines())) <= 100
+    modules = set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import):
+            modules |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            modules.add(node.module.split(".")[0])
+    allowed = {"torch", "torchvision", "numpy", "PIL"} | ({"unet"} if name != "unet" else set())
+    assert modules - allowed <= sys.stdlib_module_names
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_docstring_lists_the_equations_of_the_method(name):
+    docstring, method, _, _ = parts(name)
+    listed = re.search(r"Implements.*?\.\n\n", docstring, re.S).group()
+
+    def numbers(text):
+        text = re.sub(r"\s+", " ", text)
+        found = set()
+        for kind in ("Eq", "Alg", "Fig", "Table"):
+            for run_of in re.findall(rf"{kind}\.? (\(?\d+\)?(?: \(L\))?(?:, \(?\d+\)?)*)", text):
+                found |= {(kind, int(n)) for n in re.findall(r"\d+", run_of)}
+        return found
+
+    assert numbers(listed) == numbers(method)
+    lines = (ROOT / f"{name}.py").read_text().splitlines()
+    assert next(i for i, line in enumerate(lines, 1) if "# Eq. (" in line) <= 50
+    assert 20 <= len(docstring.splitlines()) <= 35
+
+
+def commands(text):
+    """Every `python script.py ...` of a text, without its trailing comment."""
+    for line in re.findall(r"^\s*(?:\$ )?(?:.*&& )?python (\w+\.py[^\n]*)", text, re.M):
+        script, *words = shlex.split(re.split(r"\s{3,}|\s+#", line)[0])
+        yield script.removesuffix(".py"), words
+
+
+def test_every_documented_command_parses(monkeypatch):
+    texts = [(ROOT / "README.md").read_text(), *(parts(name)[0] for name in SCRIPTS)]
+    found = [command for text in texts for command in commands(text)]
+    assert len(found) >= 8
+    for name, words in found:
+        module = SCRIPTS[name]
+        monkeypatch.setattr(module, "load_checkpoint", lambda path, methods: {"args": {}})
+        module.parse_args(words)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_presets_have_flags_and_help_prints_them(name, capsys):
+    module = SCRIPTS[name]
+    assert {"digits", "mnist", "cifar10", "folder"} <= module.PRESETS.keys()
+    for dataset, preset in module.PRESETS.items():
+        args = module.parse_args(["--dataset", dataset])
+        assert {key: getattr(args, key) for key in preset} == preset
+        assert preset["flip"] == (dataset == "cifar10")
+    with pytest.raises(SystemExit) as stop:
+        module.parse_args(["--dataset", "cifar10", "--help"])
+    assert stop.value.code == 0 and "(default: 800000)" in capsys.readouterr().out
+
+
+def test_ddpm_stays_on_the_device_of_x():
+    with FakeTensorMode():
+        schedule, x = ddpm.Schedule(20).to("cuda"), torch.rand(2, 3, 8, 8, device="cuda")
+        for table in ("beta", "alpha", "alpha_bar", "beta_tilde"):
+            assert getattr(schedule, table).device == x.device
+        with torch.device("cuda"):
+            net = UNet(3, 3, 8, (1, 2), 1, (4,), image_size=8)
+
+        def model(x_t, t):
+            assert t.device == x_t.device == x.device
+            return net(x_t, t - 1)
+
+        for objective in ("simple", "vlb"):
+            assert ddpm.ddpm_loss(model, x, schedule, objective).device == x.device
+        for variance in ("large", "small"):
+            assert ddpm.ddpm_sample(model, x, schedule, variance).device == x.device
+        assert ddpm.bits_per_dim(model, x, schedule)["total"].device == x.device
+        assert ddpm.interpolate(model, x, x, 5, [0.5], schedule)[0].device == x.device
