@@ -16,12 +16,13 @@ Alg. 1, 2; Fig. 8; Table 2 (L), 4.
     python ddpm.py --dataset cifar10                            the paper's run
     python ddpm.py --checkpoint runs/ddpm-digits/checkpoint.pt --task interpolate
 
-Measured results stand in README.md. Deviations from the paper:
-1. x_0_hat is clipped to [-1, 1] in the sampler and in the bound, as released (--no-clip: Alg. 2).
-2. The learning rate warms up and the gradient norm is clipped at 1: released code, not the paper.
-3. EMA decay min(decay, (1 + n) / (10 + n)) after n steps: the initial weights leave early.
-4. Norms are means over dimensions, not sums: with gradient clipping the scale matters.
-5. The decoder's normal CDF is exact; the released code approximates it with a tanh.
+Measured results stand in README.md. Deviations from the paper, 1 to 3 as in the released code:
+1. x_0_hat is clipped to [-1, 1] in the sampler and in the bound (--no-clip: Alg. 2 as printed).
+2. The learning rate warms up and the gradient norm is clipped at 1.
+3. sigma_1^2 is beta_tilde_2; and --objective vlb takes one random term, without the factor T.
+4. EMA decay min(decay, (1 + n) / (10 + n)) after n steps: the initial weights leave early.
+5. Norms are means over dimensions, not sums: with gradient clipping the scale matters.
+6. The decoder's normal CDF is exact; the released code approximates it with a tanh.
 """
 
 import math
@@ -88,9 +89,9 @@ def predict_x_0(x_t, t, eps, schedule):
 def ddpm_loss(model, x_0, schedule, objective="simple"):
     """Alg. 1, lines 2-5. Scalar: mean over the batch and all dimensions; x_0 in [-1, 1].
 
-    objective "simple": L_simple, 1 in expectation for a model that returns 0. "vlb": the bound's
-    weights (Table 2's L), one random term in nats per dimension; the mean over t times T is the
-    bound's sum over t with sigma_t^2 = beta_t, where L_0 is taken as a Gaussian's too.
+    objective "simple": L_simple, 1 in expectation for a model that returns 0. "vlb": the term of
+    Eq. (12) at a random t, in nats per dimension; up to a constant, T times its mean is the bound
+    with sigma_t^2 = beta_t, where L_0 is taken for a Gaussian's KL too (Table 2's L).
     """
     t = torch.randint(1, schedule.T + 1, (len(x_0),), device=x_0.device)  # Alg. 1, line 3
     eps = torch.randn_like(x_0)  # Alg. 1, line 4
@@ -131,9 +132,10 @@ def ddpm_sample(model, x_T, schedule, variance="large", clip=True, t_start=None,
     t_start: begin at this step, with x_T as its x_t. record: a list that gets x_t at the steps of
     record_steps, from t_start down, and x_0.
     """
-    x_t, t_start = x_T, t_start or schedule.T
+    x_t, t_start = x_T, schedule.T if t_start is None else t_start
+    recorded = () if record is None else record_steps(t_start)
     for step in range(t_start, 0, -1):  # Alg. 2, line 2
-        if record is not None and step in record_steps(t_start):
+        if step in recorded:
             record.append(x_t)
         t = torch.full((len(x_t),), step, device=x_t.device)
         mean, var, _ = p_mean_variance(model, x_t, t, schedule, variance, clip)
@@ -161,7 +163,7 @@ def bits_per_dim(model, x_0, schedule, variance="large", clip=True):
 
     x_0 is 8-bit data in [-1, 1]. Returns, in bits per dimension, "total" (B,), "L_T" (B,), "L_t"
     (B, T - 1): the KL terms of t = 2..T in this order, and "L_0" (B,); also "mse" (B, T): the mean
-    squared error of x_0_hat for t = 1..T, in x_0's units (squared distortion, Sec. 4.3, Table 4).
+    squared error of x_0_hat for t = 1..T, in x_0's units.
     """
     precise = schedule.beta.dtype
     terms, mse = [], []
@@ -185,11 +187,20 @@ def bits_per_dim(model, x_0, schedule, variance="large", clip=True):
     return {"total": total, "L_T": L_T, "L_t": L_t, "L_0": L_0, "mse": torch.stack(mse, dim=1)}
 
 
+def rate_distortion(bits):
+    """Table 4 from bits_per_dim's terms: rate (T,) in bits/dim and distortion (T,), an RMSE on the
+    scale 0..255, by reverse time r = T - t + 1: after x_T, ..., x_t are received. L_0 is no rate.
+    """
+    received = torch.cat([bits["L_T"][:, None], bits["L_t"].flip(1)], dim=1)  # x_T, ..., x_1
+    rate = received.mean(0).cumsum(0)  # Sec. 4.3
+    return rate, bits["mse"].mean(0).flip(0).sqrt() * 127.5  # Sec. 4.3
+
+
 def interpolate(model, x_0, x_0_prime, t, fractions, schedule, variance="large", clip=True):
     """Fig. 8: images between x_0 and x_0_prime, both (B, ...), mixed as x_t: list of (B, ...).
 
     Each image is diffused to step t once, with noise of its own that stays fixed for all fractions
-    (0: x_0, 1: x_0_prime); the mixture of both is decoded from step t on.
+    (the paper's lambda; 0: x_0, 1: x_0_prime); the mixture of both is decoded from step t on.
     """
     steps = torch.full((len(x_0),), t, device=x_0.device)
     x_t = q_sample(x_0, steps, torch.randn_like(x_0), schedule)
@@ -203,6 +214,7 @@ def interpolate(model, x_0, x_0_prime, t, fractions, schedule, variance="large",
 import argparse
 import contextlib
 import copy
+import datetime
 import json
 import os
 import signal
@@ -243,15 +255,17 @@ def one_line_errors():
     """Bad values, missing or broken files, full disks and full GPUs end without a traceback."""
     try:
         yield
-    except torch.cuda.OutOfMemoryError:
-        fail("the GPU's memory is full: lower --batch-size or --sample-batch-size")
     except (ValueError, OSError) as error:
         fail(error)
+    except RuntimeError as error:
+        if "allocate" not in str(error):
+            raise
+        fail("the memory is full: lower --batch-size, --sample-batch-size or --channels")
     except KeyboardInterrupt:
         sys.exit(130)
 
 
-def number(kind, low, high=sys.float_info.max):
+def number(kind, low, high=10**9):
     """An argparse type: int or float in [low, high], so neither nan nor inf."""
 
     def parse(text):
@@ -269,6 +283,7 @@ def base_parser(description, tasks):
     parser = argparse.ArgumentParser(f"{SCRIPT}.py", None, description, formatter_class=formatter)
     parser.error = fail
     add, count, natural = parser.add_argument, number(int, 1), number(int, 0)
+    flag = argparse.BooleanOptionalAction
     add("--dataset", default="digits", help="digits, mnist, fashion_mnist, cifar10 or a folder")
     add("--data-dir", default="data", help="where torchvision downloads to")
     add("--image-size", type=count, nargs="+", help="pixels, N or H W; others are resized")
@@ -279,14 +294,14 @@ def base_parser(description, tasks):
     add("--seed", type=number(int, 0, 2**62), default=0, help="of all random numbers")
     add("--device", default="auto", help="cuda, mps or cpu; auto: the first there is")
     add("--compile", action="store_true", help="torch.compile the network")
-    add("--bf16", action="store_true", help="the network, and nothing else, in bfloat16")
+    add("--bf16", action=flag, default=False, help="the network, and only it, in bfloat16")
     add("--steps", type=count, help="training steps in all")
     add("--batch-size", type=count, help="images a step, all processes together")
     add("--lr", type=number(float, 0, 10), help="Adam's learning rate")
     add("--warmup", type=natural, help="steps in which the learning rate rises to --lr")
     add("--grad-clip", type=number(float, 0), help="largest norm of the gradient; 0: any")
     add("--ema-decay", type=number(float, 0, 1), help="of the averaged weights; 0: no average")
-    add("--flip", action=argparse.BooleanOptionalAction, help="mirror images at random")
+    add("--flip", action=flag, help="mirror training images at random")
     add("--channels", type=count, help="U-Net: channels of the first level")
     add("--channel-mult", type=count, nargs="+", help="U-Net: channels of each level / those")
     add("--num-res-blocks", type=count, help="U-Net: blocks of a level")
@@ -299,13 +314,14 @@ def base_parser(description, tasks):
     return parser
 
 
-def read_args(parser, presets, argv=None, methods=(SCRIPT,)):
-    """A flag beats the checkpoint's argument, which beats the preset of the data set; .loaded is
-    the checkpoint that --checkpoint or --resume names, one of `methods`."""
+def read_args(parser, presets, argv=None, methods=(SCRIPT,), fixed=()):
+    """A flag beats the checkpoint's argument, which beats the preset of the data set. .loaded is
+    the checkpoint of --checkpoint or --resume, one of `methods`; `fixed` and the network's flags
+    cannot differ from it."""
     argv = sys.argv[1:] if argv is None else argv
     early, _ = parser.parse_known_args([word for word in argv if word not in ("-h", "--help")])
     parser.set_defaults(**presets.get(early.dataset, presets["folder"]), loaded=None)
-    folder = early.out or f"runs/{SCRIPT}-{Path(early.dataset).name}"
+    folder = early.out or f"runs/{SCRIPT}-{Path(early.dataset).resolve().name}"
     if early.checkpoint and early.resume:
         fail("--resume goes on with the run folder's own checkpoint: leave out --checkpoint")
     if early.checkpoint or early.resume:
@@ -318,6 +334,11 @@ def read_args(parser, presets, argv=None, methods=(SCRIPT,)):
     if len(args.image_size) > 2:
         fail("--image-size takes one number, or height and width")
     args.image_size = (args.image_size[0], args.image_size[-1])
+    network = ("image_size", "channels", "channel_mult", "num_res_blocks", "attention_resolutions")
+    for key in (*network, *fixed) if args.loaded else ():
+        trained = args.loaded["args"].get(key)
+        if json.dumps(trained) != json.dumps(getattr(args, key)):  # lists and tuples alike
+            fail(f"--{key.replace('_', '-')}: the checkpoint was trained with {trained}")
     return args
 
 
@@ -338,9 +359,12 @@ def setup(args):
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32
         torch.backends.cudnn.benchmark = True
+    if WORLD > 1 and args.checkpoint:
+        raise ValueError("--checkpoint does not train: it takes one process, not torchrun")
     out = Path(args.out)
     if RANK == 0 and not args.resume and out.exists() and any(out.iterdir()):
-        raise ValueError(f"{out} is not empty: add --resume to go on, or --out for another folder")
+        resume = "go on with --resume or " if (out / "checkpoint.pt").exists() else ""
+        raise ValueError(f"{out} is not empty: {resume}name another folder with --out")
     out.mkdir(parents=True, exist_ok=True)
     if WORLD > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
@@ -384,19 +408,23 @@ def load_images(dataset, data_dir, image_size, train):
         is_split = all(folder.is_dir() for folder in train_and_test)
         root = train_and_test[0 if train else 1] if is_split else root
         files = sorted(f for f in root.rglob("*") if f.suffix.lower() in IMAGE_TYPES)
+        if len(files) < (2 if is_split else 20):
+            need = "2 are" if is_split else "20, of which every tenth is for testing, are"
+            raise ValueError(f"{root} holds {len(files)} jpg, png and webp images: {need} needed")
         files = [f for i, f in enumerate(files) if is_split or (i % 10 != 9) == train]
-        if not files:
-            raise ValueError(f"{root} holds no jpg, png or webp images, or fewer than ten")
         parents = [f.relative_to(root).parts[:-1][:1] for f in files]
-        labels = torch.tensor([sorted(set(parents)).index(parent) for parent in parents])
+        classes = {parent: i for i, parent in enumerate(sorted(set(parents)))}
+        labels = torch.tensor([classes[parent] for parent in parents])
 
         def read(file):
             try:
                 image = ImageOps.exif_transpose(Image.open(file))
+                if image.mode[0] in "IF":
+                    raise ValueError("more than 8 bits")
                 image = image.convert("L" if image.mode in ("1", "L", "LA") else "RGB")
                 return pil_to_tensor(ImageOps.fit(image, (W, H)))
             except Exception as error:  # whatever a broken file makes a decoder raise
-                raise ValueError(f"{file} is no readable image: mend or remove it") from error
+                raise ValueError(f"{file} is no readable 8-bit image: mend or remove it") from error
 
         with ThreadPoolExecutor() as pool:
             images = list(pool.map(read, files))
@@ -412,17 +440,10 @@ def build_unet(args, in_channels, out_channels, device):
     shape = (args.channels, args.channel_mult, args.num_res_blocks, args.attention_resolutions)
     net = UNet(in_channels, out_channels, *shape, args.dropout, max(args.image_size))
     if args.checkpoint:
-        load_weights(net.eval().requires_grad_(False), args.loaded["ema"])
+        net.eval().requires_grad_(False).load_state_dict(args.loaded["ema"])
     if args.compile:
         net.compile()
     return net.to(device)
-
-
-def load_weights(net, weights):
-    try:
-        net.load_state_dict(weights)
-    except RuntimeError as error:
-        raise ValueError("the checkpoint has another network: leave out network flags") from error
 
 
 def call(net, args, *inputs):
@@ -459,13 +480,13 @@ def load_checkpoint(path, methods=(SCRIPT,)):
             if any(map(any, headers)) or archive.testzip() is not None:
                 raise ValueError("a size, a flag or a checksum is wrong")
         state = torch.load(path, map_location="cpu", weights_only=True)
-        method = state["method"]
+        method, _, _ = state["method"], state["ema"], dict(state["args"])
     except Exception as error:  # whatever a damaged file makes zipfile and the unpickler raise
         why = "truncated, damaged or not of these scripts"
         raise ValueError(f"cannot read the checkpoint {path}: {why}") from error
     if method not in methods:
         needed = " or ".join(f"{name}.py" for name in methods)
-        raise ValueError(f"{path} is a checkpoint of {method}.py, here is needed one of {needed}")
+        raise ValueError(f"{path} is a checkpoint of {method}.py: one of {needed} is needed")
     return state
 
 
@@ -490,9 +511,11 @@ def fit(model, loss_fn, data, args):
     optimizer = torch.optim.Adam(weights, args.lr, fused=device.type != "mps")
     step, skipped, losses = 0, 0, []
     if args.resume:
-        load_weights(model, args.loaded["model"])
+        model.load_state_dict(args.loaded["model"])
         optimizer.load_state_dict(args.loaded["optimizer"])
         step, skipped, losses = (args.loaded[key] for key in ("step", "skipped", "losses"))
+        if step > args.steps:
+            raise ValueError(f"--steps {args.steps}: the checkpoint has done {step} already")
     loss_module = Loss(model, loss_fn)
     if WORLD > 1:  # gives all processes the first one's weights, then averages the gradients
         loss_module = nn.parallel.DistributedDataParallel(loss_module)
@@ -537,24 +560,26 @@ def fit(model, loss_fn, data, args):
             decay = min(args.ema_decay, (1 + step) / (10 + step))
             with torch.no_grad():
                 torch._foreach_lerp_(list(ema.parameters()), weights, 1 - decay)
-            losses, bad = [*losses, loss], 0
+            losses.append(loss)
+            bad = 0
         else:  # the step touches neither weights nor EMA
             skipped, bad = skipped + 1, bad + 1
             if bad == 10:
-                fail(f"no finite loss and gradient in the 10 steps to {step}: --resume the last "
-                     f"checkpoint in {args.out} with a lower --lr")
+                fail(f"no finite loss and gradient in the 10 steps to {step}: lower --lr; the last "
+                     f"checkpoint in {args.out}, if any, is from before")
         if RANK == 0 and (step == 1 or step % args.log_every == 0):
-            mean = sum(losses) / max(1, len(losses))
+            mean = sum(losses) / len(losses) if losses else math.nan
             line = {"step": step, "loss": mean, "grad_norm": norm, "lr": lr, "skipped": skipped}
+            line = {key: value if math.isfinite(value) else None for key, value in line.items()}
             with open(log, "a") as file:
                 file.write(json.dumps(line) + "\n")
             pace = (time.time() - since) / (step - seen)  # seconds a step
-            left = time.strftime("%H:%M:%S", time.gmtime(pace * (args.steps - step)))
+            left = datetime.timedelta(seconds=round(pace * (args.steps - step)))
             report(f"step {step} of {args.steps}: loss {mean:.4f}, "
                    f"{args.batch_size / pace:.0f} images/s, {left} left")
             losses, seen, since = [], step, time.time()
         if RANK == 0 and (step % args.save_every == 0 or step == args.steps or stopped):
-            skip = ("loaded", "task", "out", "checkpoint", "resume", "device", "compile", "bf16")
+            skip = ("loaded", "task", "out", "checkpoint", "resume", "device", "compile")
             state = {
                 "method": SCRIPT, "step": step, "skipped": skipped, "losses": losses,
                 "args": {key: value for key, value in vars(args).items() if key not in skip},
@@ -592,6 +617,8 @@ def save_images(draw, args):
     images/NNNNNN.png, which FID tools read; returns the first 100."""
     folder, first, done = Path(args.out, "images"), [], 0
     folder.mkdir(exist_ok=True)
+    for old in folder.glob("*.png"):  # of the run before --resume
+        old.unlink()
     while done < args.num_samples:
         images = draw(min(args.sample_batch_size, args.num_samples - done)).cpu()
         for i, image in enumerate(images):
@@ -601,23 +628,22 @@ def save_images(draw, args):
     return torch.stack(first)
 
 
-def save_results(args, task, **measured):
-    """Add to results.json what was measured, with what it takes to measure it again."""
+def save_results(args, task, start, **measured):
+    """Add what was measured since `start` to results.json, with what it takes to repeat it."""
     path = Path(args.out, "results.json")
     results = json.loads(path.read_text()) if path.exists() else {}
-    versions = {"torch": torch.__version__, "torchvision": torchvision.__version__}
-    context = {"dataset": args.dataset, "seed": args.seed, "date": time.strftime("%Y-%m-%d")}
-    results[task] = {**measured, **context, **versions}
+    context = {"dataset": args.dataset, "seed": args.seed, "seconds": round(time.time() - start, 1)}
+    date = {"date": time.strftime("%Y-%m-%d"), "torch": torch.__version__}
+    results[task] = {**measured, **context, **date, "torchvision": torchvision.__version__}
     path.write_text(json.dumps(results, indent=2) + "\n")
 
 
 # ---- The run -------------------------------------------------------------------------------------
 
 CIFAR10 = dict(
-    image_size=(32, 32), channels=128, channel_mult=(1, 2, 2, 2), num_res_blocks=2,  # App. B
-    attention_resolutions=(16,), dropout=0.1, lr=2e-4, batch_size=128, ema_decay=0.9999,  # App. B
-    steps=800_000, flip=True,  # App. B
-    warmup=5000, grad_clip=1.0,  # released code
+    num_res_blocks=2, attention_resolutions=(16,), dropout=0.1, image_size=(32, 32),  # App. B
+    lr=2e-4, batch_size=128, ema_decay=0.9999, steps=800_000, flip=True,  # App. B
+    channels=128, channel_mult=(1, 2, 2, 2), warmup=5000, grad_clip=1.0,  # released code
     num_samples=100, sample_batch_size=256, num_test=256, log_every=100, save_every=5000,  # ours
 )
 PRESETS = {
@@ -641,125 +667,127 @@ def parse_args(argv=None):
     tasks = ("sample", "bpd", "progressive", "interpolate")
     parser = base_parser(__doc__.splitlines()[0], tasks)
     add = parser.add_argument
-    add("--T", type=number(int, 2), default=1000, help="steps of the forward process (Sec. 4)")
+    add("--T", type=number(int, 2, 10_000), default=1000, help="steps of the process (Sec. 4)")
     add("--beta-1", type=number(float, 0, 1), default=1e-4, help="first variance (Sec. 4)")
     add("--beta-T", type=number(float, 0, 1), default=0.02, help="last variance (Sec. 4)")
     add("--objective", choices=("simple", "vlb"), default="simple", help="L_simple or L (Table 2)")
     add("--variance", choices=("large", "small"), default="large", help="sigma_t^2 (Sec. 3.2)")
     add("--clip", action=argparse.BooleanOptionalAction, default=True, help="x_0_hat to [-1, 1]")
-    add("--num-test", type=number(int, 1), help="test images whose bits/dim are measured")
-    add("--mix-at", type=number(int, 1), default=500, help="step of --task interpolate (Fig. 8)")
-    return read_args(parser, PRESETS, argv)
+    add("--num-test", type=number(int, 2), help="test images whose bits/dim are measured")
+    add("--mix-at", type=number(int, 1), help="t of --task interpolate; None: T / 2, as Fig. 8")
+    return read_args(parser, PRESETS, argv, fixed=("T", "beta_1", "beta_T"))
 
 
 @one_line_errors()
 def main(argv=None):
     args = parse_args(argv)
-    schedule = Schedule(args.T, args.beta_1, args.beta_T)
-    if args.mix_at > args.T:
-        raise ValueError(f"--mix-at {args.mix_at} is beyond the last step, --T {args.T}")
+    schedule, mix_at = Schedule(args.T, args.beta_1, args.beta_T), args.mix_at or args.T // 2
+    if mix_at > args.T:
+        raise ValueError(f"--mix-at {mix_at} is beyond the last step, --T {args.T}")
     device = setup(args)
     schedule.to(device)
 
-    def eps_model(net):
-        return lambda x_t, t: call(net, args, x_t, t - 1)  # published weights count from 0
-
     def to_float(images):
-        return images.to(device).float() / 127.5 - 1
+        return images.to(device).float() / 127.5 - 1  # Sec. 3.3
 
     def to_uint8(x):
         return ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
-    if not args.checkpoint:
-        images, _ = load_images(args.dataset, args.data_dir, args.image_size, train=True)
-        args.image_channels = images.shape[1]
-        net = build_unet(args, args.image_channels, args.image_channels, device)
-        parameters = sum(p.numel() for p in net.parameters())
-        shape = "x".join(str(n) for n in images.shape)
-        report(f"images {shape}, {parameters:,} parameters, {device}", last=True)
-        model = eps_model(net)
-
-        def loss_fn(images):
-            return ddpm_loss(model, to_float(images), schedule, args.objective)
-
-        net = fit(net, loss_fn, (images,), args)
-        if RANK > 0:
-            return
-    else:
-        net = build_unet(args, args.image_channels, args.image_channels, device)
-    model, options = eps_model(net), (schedule, args.variance, args.clip)
-    step = args.loaded["step"] if args.checkpoint else args.steps
-    torch.manual_seed(args.seed)  # the same samples after training and from the checkpoint
+    def load(train):
+        images, _ = load_images(args.dataset, args.data_dir, args.image_size, train)
+        if vars(args).setdefault("image_channels", images.shape[1]) != images.shape[1]:
+            raise ValueError(f"{args.dataset}: the network takes {args.image_channels} channels")
+        return images
 
     def test_images(n):
-        images, _ = load_images(args.dataset, args.data_dir, args.image_size, train=False)
-        mixed = torch.randperm(len(images), generator=torch.Generator().manual_seed(args.seed))
-        return to_float(images[mixed[:n]])
+        images, order = load(train=False), torch.Generator().manual_seed(args.seed)
+        return to_float(images[torch.randperm(len(images), generator=order)[:n]])
+
+    images = load(train=True) if not args.checkpoint else None
+    if not args.checkpoint or args.task != "sample":
+        test_images(1)  # what is wrong with them is said now, not after the training
+    net = build_unet(args, args.image_channels, args.image_channels, device)
+
+    def model(x_t, t):
+        return call(net, args, x_t, t - 1)  # published weights count from 0
+
+    def loss_fn(images):
+        return ddpm_loss(model, to_float(images), schedule, args.objective)
 
     def sample():
-        start, record = time.time(), []
+        record = []
 
         def draw(n):
             x_T = torch.randn(n, args.image_channels, *args.image_size, device=device)
             return to_uint8(ddpm_sample(model, x_T, *options, record=None if record else record))
 
         save_grid(save_images(draw, args), Path(args.out, "samples.png"), columns=10)
-        seconds = round(time.time() - start, 1)
-        save_results(args, "sample", n=args.num_samples, weights="EMA", step=step, sampler="Alg. 2",
-                     variance=args.variance, clip=args.clip, evaluations=args.T, seconds=seconds)
-        steps = torch.tensor(record_steps(args.T), device=device)
-        rows = []
+        steps, rows = torch.tensor(record_steps(args.T), device=device), []
         try:
             x_0 = test_images(1).expand(len(record), -1, -1, -1)
             t = torch.cat([steps.new_zeros(1), steps])
             rows.append(q_sample(x_0, t, torch.randn_like(x_0), schedule))
         except (ValueError, OSError) as error:
             report(f"process.png goes without the forward process: {error}", last=True)
-        for x_t in torch.stack(record, dim=1)[:4]:  # (16, C, H, W): x_t at T, ..., 1 and x_0
+        for x_t in torch.stack(record, dim=1)[:4]:  # (16, C, H, W): at the recorded steps, and x_0
             x_0_hat = p_mean_variance(model, x_t[:-1], steps.flip(0), *options)[2]
             rows += [x_t, torch.cat([x_0_hat, x_t[-1:]])]
         save_grid(to_uint8(torch.cat(rows)), Path(args.out, "process.png"), columns=len(record))
+        return {"n": args.num_samples, "sampler": "Alg. 2"}
 
     def bound():
-        start, x_0 = time.time(), test_images(args.num_test)
-        parts = [bits_per_dim(model, part, *options) for part in x_0.split(args.sample_batch_size)]
-        bits = {key: torch.cat([part[key] for part in parts]).double().cpu() for key in parts[0]}
-        return bits, {"n": len(x_0), "split": "test", "weights": "EMA", "step": step,
-                      "variance": args.variance, "clip": args.clip,
-                      "seconds": round(time.time() - start, 1)}
+        batches = test_images(args.num_test).split(args.sample_batch_size)
+        parts = [bits_per_dim(model, x_0, *options) for x_0 in batches]
+        return {key: torch.cat([part[key] for part in parts]).cpu() for key in parts[0]}
 
     def bpd():
-        bits, context = bound()
+        bits = bound()
         bits["L_t"] = bits["L_t"].sum(1)
         mean = {key: bits[key].mean().item() for key in ("total", "L_T", "L_t", "L_0")}
-        mean["standard_error"] = bits["total"].std().item() / math.sqrt(context["n"])
-        save_results(args, "bpd", bits_per_dim=mean, **context)
-        report("test bits/dim <= {total:.4f} +- {standard_error:.4f} (L_T {L_T:.6f}, L_1 to L_T-1 "
-               "{L_t:.4f}, L_0 {L_0:.4f}); ".format(**mean) + f"n = {context['n']}", last=True)
+        n = len(bits["total"])
+        mean["standard_error"] = bits["total"].std().item() / math.sqrt(n)
+        report("test bits/dim <= {total:.4f} +- {standard_error:.4f}, of which L_T {L_T:.6f}, "
+               "L_1 to L_T-1 {L_t:.4f}, L_0 {L_0:.4f}; n = ".format(**mean) + str(n), last=True)
+        return {"n": n, "split": "test", "bits_per_dim": mean}
 
     def progressive():
-        bits, context = bound()
-        received = torch.cat([bits["L_t"], bits["L_T"][:, None]], dim=1)  # x_1 | x_2, ..., x_T
-        rate = received.flip(1).cumsum(1).mean(0)  # by reverse time T - t + 1 = 1 ... T
-        rmse = bits["mse"].flip(1).mean(0).sqrt() * 127.5  # of x_0_hat(x_t), in grey levels of 255
+        bits = bound()
+        rate, rmse = rate_distortion(bits)
         table = []
-        for k in range(10, 0, -1):  # Table 4
-            steps = -(-args.T * k // 10)
-            table.append((steps, rate[steps - 1].item(), rmse[steps - 1].item()))
+        for r in sorted({-(-args.T * k // 10) for k in range(1, 11)}, reverse=True):  # Table 4
+            table.append((r, rate[r - 1].item(), rmse[r - 1].item()))
             report("{:5d} steps: rate {:.5f} bits/dim, RMSE {:.5f}".format(*table[-1]), last=True)
-        save_results(args, "progressive", table=table, **context)
+        return {"n": len(bits["total"]), "split": "test", "steps_rate_rmse": table}
 
     def interpolation():
-        x_0, x_0_prime = test_images(16).chunk(2)
-        fractions = [k / 10 for k in range(11)]
-        mixed = interpolate(model, x_0, x_0_prime, args.mix_at, fractions, *options)
+        pairs = test_images(16)
+        x_0, x_0_prime = pairs[: len(pairs) // 2], pairs[len(pairs) // 2 :][: len(pairs) // 2]
+        mixed = interpolate(model, x_0, x_0_prime, mix_at, [k / 10 for k in range(11)], *options)
         rows = torch.stack([x_0, *mixed, x_0_prime], dim=1)  # (8, 13, C, H, W)
         save_grid(to_uint8(rows.flatten(0, 1)), Path(args.out, "interpolation.png"), columns=13)
+        return {"n": len(x_0), "split": "test", "t": mix_at}
 
-    run = {"sample": sample, "bpd": bpd, "progressive": progressive, "interpolate": interpolation}
-    run[args.task]()
-    if args.task == "sample" and not args.checkpoint:
-        bpd()
+    step, options = args.steps, (schedule, args.variance, args.clip)
+    tasks = {"sample": sample, "bpd": bpd, "progressive": progressive, "interpolate": interpolation}
+    chosen = [args.task]
+    if args.checkpoint:
+        step = args.loaded["step"]
+    else:
+        parameters = sum(p.numel() for p in net.parameters())
+        shape = " x ".join(str(n) for n in images.shape)
+        report(f"{shape} images, {parameters:,} parameters, {device}, to {args.out}", last=True)
+        start = time.time()
+        net = fit(net, loss_fn, (images,), args)  # from here on, model is the EMA
+        if RANK > 0:
+            return
+        save_results(args, "train", start, step=step, parameters=parameters, n=len(images))
+        chosen += ["bpd"] if args.task == "sample" else []
+    for task in chosen:
+        torch.manual_seed(args.seed)  # the same numbers now and from the checkpoint
+        start = time.time()
+        measured = tasks[task]()
+        save_results(args, task, start, step=step, weights="EMA", variance=args.variance,
+                     clip=args.clip, evaluations=args.T, **measured)
     files = ", ".join(sorted(path.name for path in Path(args.out).iterdir()))
     report(f"{args.out} holds {files}", last=True)
 

@@ -213,6 +213,14 @@ def test_mean_bound_of_the_exact_model_on_gaussian_data():
     within(bits["L_t"].mean(0), exact, bits["L_t"].std(0) / math.sqrt(n), sigmas=4)
 
 
+def test_rate_and_distortion_by_reverse_time():
+    bits = {"L_T": torch.tensor([1.0, 3.0]), "L_t": torch.tensor([[20.0, 10.0], [20.0, 30.0]]),
+            "mse": torch.tensor([[0.01, 0.04, 1.0], [0.03, 0.04, 1.0]])}  # t = 1, 2, 3
+    rate, rmse = ddpm.rate_distortion(bits)
+    assert rate.tolist() == [2, 22, 42]  # x_3; x_3, x_2; x_3, x_2, x_1
+    torch.testing.assert_close(rmse, 127.5 * torch.tensor([1.0, 0.2, math.sqrt(0.02)]))
+
+
 def test_losses_of_simple_models():
     schedule, x_0 = ddpm.Schedule(), torch.rand(4000, 1, 4, 2) * 2 - 1
     copy = x_0.clone()
@@ -494,11 +502,43 @@ def test_default_run_and_every_task(folder):
     assert Path("run/interpolate/interpolation.png").is_file()
     again = Path("run/sample/images/000002.png").read_bytes()
     assert again == Path("run/images/000002.png").read_bytes()  # same seed, same images
-    table = json.loads(Path("run/progressive/results.json").read_text())["progressive"]["table"]
+    results = json.loads(Path("run/progressive/results.json").read_text())["progressive"]
+    table = results["steps_rate_rmse"]
     assert [row[0] for row in table] == [20, 18, 16, 14, 12, 10, 8, 6, 4, 2]
     assert all(a[1] > b[1] for a, b in zip(table, table[1:], strict=False))  # rate grows with time
-    bits = json.loads(Path("run/bpd/results.json").read_text())["bpd"]["bits_per_dim"]
-    assert table[0][1] == pytest.approx(bits["L_T"] + bits["L_t"], abs=0.05)
+    assert json.loads(Path("run/bpd/results.json").read_text())["bpd"]["bits_per_dim"] == bits
+    assert table[0][1] == pytest.approx(bits["L_T"] + bits["L_t"])
+
+
+def test_the_run_feeds_the_network_t_minus_1_and_heeds_its_flags(folder, monkeypatch):
+    run("--out", "run")
+    seen, sampled, forward, sampler = set(), [], UNet.forward, ddpm.ddpm_sample
+
+    def spy(net, x, t):
+        seen.update(t.tolist())
+        assert not net.training
+        return forward(net, x, t)
+
+    def sample(*arguments, **options):
+        sampled.append(arguments[3:])
+        return sampler(*arguments, **options)
+
+    monkeypatch.setattr(UNet, "forward", spy)
+    monkeypatch.setattr(ddpm, "ddpm_sample", sample)
+    ddpm.main(["--checkpoint", "run/checkpoint.pt", "--variance", "small", "--no-clip"])
+    assert seen == set(range(20)) and set(sampled) == {("small", False)}
+    results = json.loads(Path("run/sample/results.json").read_text())["sample"]
+    assert results["variance"] == "small" and results["clip"] is False and results["step"] == 4
+
+
+def test_standard_error_is_of_the_mean(folder, monkeypatch):
+    run("--out", "run")
+    total = torch.tensor([1.0, 2.0, 4.0, 9.0])
+    bits = {"total": total, "L_T": total, "L_t": total[:, None], "L_0": total}
+    monkeypatch.setattr(ddpm, "bits_per_dim", lambda *_: bits)
+    ddpm.main("--checkpoint run/checkpoint.pt --task bpd --sample-batch-size 9".split())
+    measured = json.loads(Path("run/bpd/results.json").read_text())["bpd"]["bits_per_dim"]
+    assert measured["total"] == 4 and measured["standard_error"] == pytest.approx(1.7795130)
 
 
 def test_resume_is_bit_for_bit(folder):
@@ -507,7 +547,9 @@ def test_resume_is_bit_for_bit(folder):
     run(*flags, "--steps", "5", "--out", "parts")
     with open("parts/log.jsonl", "a") as file:  # as after a crash past the checkpoint
         file.write('{"step": 6, "loss": 0.0}\n{"step": 7, "lo')
+    Path("parts/images/000009.png").write_bytes(b"of before")
     ddpm.main(["--resume", "--out", "parts", "--steps", "10"])
+    assert not Path("parts/images/000009.png").exists()
     whole, parts = (ddpm.load_checkpoint(f"{name}/checkpoint.pt") for name in ("whole", "parts"))
     assert whole["step"] == 10 and equal(whole, parts)
     assert Path("whole/log.jsonl").read_text() == Path("parts/log.jsonl").read_text()
@@ -520,6 +562,7 @@ def test_a_run_folder_is_never_overwritten(folder, capsys):
     before = snapshot(Path("run"))
     refused(capsys, "--out", "run", match="--resume")
     refused(capsys, "--checkpoint", "run/checkpoint.pt", "--out", "run", match="not empty")
+    refused(capsys, "--resume", "--out", "run", "--steps", "3", match="has done 4 already")
     refused(capsys, "--resume", "--checkpoint", "run/checkpoint.pt", match="leave out")
     ddpm.main(["--checkpoint", "run/checkpoint.pt", "--task", "interpolate"])
     refused(capsys, "--checkpoint", "run/checkpoint.pt", "--task", "interpolate", match="not empty")
@@ -531,8 +574,9 @@ def test_a_run_folder_is_never_overwritten(folder, capsys):
     ("words", "match"),
     [
         ("--dataset nowhere", "no data set nowhere: take digits, mnist"),
-        ("--dataset empty", "no jpg, png or webp"),
-        ("--dataset broken", "broken/3.png is no readable image"),
+        ("--dataset empty", "holds 0 jpg, png and webp images: 20"),
+        ("--dataset photos/cat", "holds 10 jpg"),
+        ("--dataset broken", "broken/3.png is no readable 8-bit image"),
         ("--image-size 18", "multiples of 4"),
         ("--image-size 16 16 16", "image-size"),
         ("--steps 0", "--steps: 0 is not in"),
@@ -555,7 +599,11 @@ def test_a_run_folder_is_never_overwritten(folder, capsys):
         ("--checkpoint text.pt", "cannot read the checkpoint"),
         ("--checkpoint foreign.pt", "a checkpoint of ncsn.py"),
         ("--checkpoint hostile.pt", "cannot read the checkpoint"),
-        ("--checkpoint good/checkpoint.pt --channels 16", "another network"),
+        ("--checkpoint good/checkpoint.pt --channels 16", "--channels: .* trained with 8"),
+        ("--checkpoint good/checkpoint.pt --T 10", "--T: .* trained with 20"),
+        ("--checkpoint good/checkpoint.pt --dataset photos --task bpd", "network takes 1 channels"),
+        ("--checkpoint keyless.pt", "cannot read the checkpoint"),
+        ("--num-test 1", "--num-test"),
         ("--out good", "not empty"),
         ("--out photos/cat/1.png/run", "photos/cat/1.png"),
     ],
@@ -563,12 +611,13 @@ def test_a_run_folder_is_never_overwritten(folder, capsys):
 def test_mistakes_end_in_one_line(folder, capsys, words, match, good_run):
     shutil.copytree(good_run, "good")
     Path("empty").mkdir()
-    shutil.copytree("photos/cat", "broken")
-    Path("broken/3.png").write_bytes(Path("broken/1.png").read_bytes()[:200])
+    shutil.copytree("photos", "broken")
+    Path("broken/3.png").write_bytes(Path("broken/cat/1.png").read_bytes()[:200])
     good = Path("good/checkpoint.pt").read_bytes()
     Path("truncated.pt").write_bytes(good[: len(good) // 2])
     Path("text.pt").write_text("weights")
-    ddpm.save_checkpoint("foreign.pt", {"method": "ncsn", "args": {}})
+    ddpm.save_checkpoint("foreign.pt", {"method": "ncsn", "args": {}, "ema": {}})
+    ddpm.save_checkpoint("keyless.pt", {"method": "ddpm"})
 
     class Hostile:
         def __reduce__(self):
@@ -671,28 +720,29 @@ def test_copied_alone_it_still_runs(folder):
 @pytest.mark.parametrize("size", [("8",), ("16", "24")])
 def test_folders_of_images(folder, size):
     run("--dataset", "photos", "--image-size", *size, "--out", "run")
-    assert Image.open("run/images/000000.png").size == (int(size[-1]), int(size[0]))
-    shape = tuple(int(side) for side in size)
-    images, labels = ddpm.load_images("photos", "", shape, train=True)
-    test, _ = ddpm.load_images("photos", "", shape, train=False)
-    assert images.dtype == torch.uint8 and images.shape == (18, 3, shape[0], shape[-1])
+    H, W = int(size[0]), int(size[-1])
+    assert Image.open("run/images/000000.png").size == (W, H)
+    images, labels = ddpm.load_images("photos", "", H if H == W else (H, W), train=True)
+    test, _ = ddpm.load_images("photos", "", (H, W), train=False)
+    assert images.dtype == torch.uint8 and images.shape == (18, 3, H, W)
     assert len(test) == 2 and labels.dtype == torch.int64 and labels.unique().tolist() == [0, 1]
     shutil.copytree("photos", "split/train")
     shutil.copytree("photos/cat", "split/test")
     assert len(ddpm.load_images("split", "", 8, True)[0]) == 20
     assert len(ddpm.load_images("split", "", 8, False)[0]) == 10
     Path("grey").mkdir()
-    for i in range(10):
-        Image.fromarray(np.full((9, 30), 20 * i, np.uint8)).save(f"grey/{i}.jpg")
+    for i in range(20):
+        Image.fromarray(np.full((9, 30), 10 * i, np.uint8)).save(f"grey/{i:02d}.jpg")
     grey, _ = ddpm.load_images("grey", "", 6, True)
-    assert grey.shape == (9, 1, 6, 6) and (grey.flatten(1).float().std(1) < 2).all()
+    assert grey[:, 0, 0, 0].tolist() == [10 * i for i in range(20) if i % 10 != 9]
+    assert grey.shape == (18, 1, 6, 6) and (grey.flatten(1).float().std(1) < 2).all()
 
 
 def test_folder_images_are_cropped_at_the_centre(folder):
     Path("wide").mkdir()
     pixels = np.zeros((8, 24), np.uint8)
     pixels[:, 8:16] = 200
-    for i in range(10):
+    for i in range(20):
         Image.fromarray(pixels).save(f"wide/{i}.png")
     assert (ddpm.load_images("wide", "", 8, True)[0] == 200).all()
 
@@ -848,7 +898,7 @@ def test_torchrun_trains_and_samples(folder):
 
 PER_PAPER = {"PRESETS", "parse_args", "main", "bits_per_dim", "inpaint"}
 PLUMBING = {"fail", "one_line_errors", "number", "base_parser", "read_args", "setup", "load_images",
-            "build_unet", "load_weights", "call", "save_checkpoint", "load_checkpoint", "Loss",
+            "build_unet", "call", "save_checkpoint", "load_checkpoint", "Loss",
             "fit", "report", "save_grid", "save_images", "save_results"}
 BANNERS = ["# ---- The method -", "# ---- Plumbing: ", "# ---- The run -"]
 
@@ -931,7 +981,8 @@ def test_every_documented_command_parses(monkeypatch):
     assert len(found) >= 8
     for name, words in found:
         module = SCRIPTS[name]
-        monkeypatch.setattr(module, "load_checkpoint", lambda path, methods: {"args": {}})
+        loaded = {"args": {**module.PRESETS["digits"], "T": 1000, "beta_1": 1e-4, "beta_T": 0.02}}
+        monkeypatch.setattr(module, "load_checkpoint", lambda *_, loaded=loaded: loaded)
         module.parse_args(words)
 
 
