@@ -33,7 +33,8 @@ import torch
 
 
 class Schedule:
-    """Variances beta_1 ... beta_T of the forward process, linear in t (Sec. 4), and their products.
+    """Variances beta_1 ... beta_T of the forward process, linear in t, and their products; sections
+    and equations of Ho et al. 2020.
 
     beta, alpha, alpha_bar, beta_tilde: (T + 1,) float64, indexed by the paper's t; entry 0 is the
     data: 0, 1, 1, 0. ValueError unless T >= 2 and 0 < beta_1 <= beta_T < 1.
@@ -227,7 +228,7 @@ from pathlib import Path
 import numpy as np
 import torch.distributed as dist
 import torchvision
-from PIL import Image, ImageOps
+from PIL import Image, ImageDraw, ImageOps
 from torch import nn
 from torchvision.transforms.functional import pil_to_tensor, resize, to_pil_image
 from torchvision.utils import make_grid
@@ -299,6 +300,7 @@ def base_parser(description, tasks):
     add("--batch-size", type=count, help="images a step, all processes together")
     add("--lr", type=number(float, 0, 10), help="Adam's learning rate")
     add("--warmup", type=natural, help="steps in which the learning rate rises to --lr")
+    add("--lr-decay", action=flag, help="after the warmup the rate falls as 1 / sqrt(step)")
     add("--grad-clip", type=number(float, 0), help="largest norm of the gradient; 0: any")
     add("--ema-decay", type=number(float, 0, 1), help="of the averaged weights; 0: no average")
     add("--flip", action=flag, help="mirror training images at random")
@@ -320,13 +322,19 @@ def read_args(parser, presets, argv=None, methods=(SCRIPT,), fixed=()):
     cannot differ from it."""
     argv = sys.argv[1:] if argv is None else argv
     early, _ = parser.parse_known_args([word for word in argv if word not in ("-h", "--help")])
-    parser.set_defaults(**presets.get(early.dataset, presets["folder"]), loaded=None)
     folder = early.out or f"runs/{SCRIPT}-{Path(early.dataset).resolve().name}"
     if early.checkpoint and early.resume:
         fail("--resume goes on with the run folder's own checkpoint: leave out --checkpoint")
+    loaded, inherited, dataset = None, {}, early.dataset
     if early.checkpoint or early.resume:
-        loaded = load_checkpoint(early.checkpoint or f"{folder}/checkpoint.pt", methods)
-        parser.set_defaults(**loaded["args"], loaded=loaded)
+        path = early.checkpoint or f"{folder}/checkpoint.pt"
+        loaded = load_checkpoint(path, methods if early.checkpoint else (SCRIPT,))
+        inherited = loaded["args"]
+        if loaded["method"] != SCRIPT:  # another method's network: what it is, not how it samples
+            shared = (*presets["digits"], *fixed, "dataset", "data_dir", "image_channels")
+            inherited = {key: inherited[key] for key in shared if key in inherited}
+        dataset = inherited["dataset"]
+    parser.set_defaults(**presets.get(dataset, presets["folder"]) | inherited, loaded=loaded)
     if early.checkpoint and not early.out:
         folder = str(Path(early.checkpoint).parent / early.task)
     parser.set_defaults(out=folder)
@@ -539,7 +547,8 @@ def fit(model, loss_fn, data, args):
     handlers = [signal.signal(stop, lambda number, _: signals.append(number)) for stop in stops]
     while step < args.steps and not stopped:
         step += 1
-        lr = args.lr * min(1, step / max(1, args.warmup))
+        warm = step / max(1, args.warmup)
+        lr = args.lr * min(1, warm, warm**-0.5 if args.lr_decay else 1)
         for group in optimizer.param_groups:
             group["lr"] = lr
         rows = torch.randint(len(data[0]), (args.batch_size // WORLD,), device=device)
@@ -605,11 +614,17 @@ def report(line, last=False):
         print(start + line, end=end, flush=True)
 
 
-def save_grid(images, path, columns):
-    """uint8 images (N, C, H, W) as one PNG; small ones are enlarged."""
+def save_grid(images, path, columns, labels=()):
+    """uint8 images (N, C, H, W) as one PNG, small ones enlarged; labels: a text beside each row."""
     scale = max(1, 48 // images.shape[3])
     images = images.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
-    to_pil_image(make_grid(images.cpu(), columns, pad_value=96)).save(path)
+    grid = to_pil_image(make_grid(images.cpu(), columns, pad_value=96))
+    if labels:
+        margin, height = 7 * max(map(len, labels)), images.shape[2] + 2
+        grid = ImageOps.expand(grid, (margin, 0, 0, 0), "white")
+        for row, label in enumerate(labels):
+            ImageDraw.Draw(grid).text((6, row * height + height // 2 - 5), label, fill="black")
+    grid.save(path)
 
 
 def save_images(draw, args):
@@ -640,27 +655,30 @@ def save_results(args, task, start, **measured):
 
 # ---- The run -------------------------------------------------------------------------------------
 
-CIFAR10 = dict(
-    num_res_blocks=2, attention_resolutions=(16,), dropout=0.1, image_size=(32, 32),  # App. B
-    lr=2e-4, batch_size=128, ema_decay=0.9999, steps=800_000, flip=True,  # App. B
-    channels=128, channel_mult=(1, 2, 2, 2), warmup=5000, grad_clip=1.0,  # released code
-    num_samples=100, sample_batch_size=256, num_test=256, log_every=100, save_every=5000,  # ours
-)
 PRESETS = {
-    "cifar10": CIFAR10,
-    "folder": CIFAR10 | dict(flip=False),  # any folder of images: CIFAR-10's network, 32 x 32
-    # The paper has no digits: these are ours, sized for minutes on a laptop and an hour on a GPU.
-    "digits": CIFAR10 | dict(
-        image_size=(16, 16), channels=32, channel_mult=(1, 2, 2), num_res_blocks=1,
-        attention_resolutions=(8,), dropout=0.0, lr=1e-3, batch_size=32, steps=3000, flip=False,
-        warmup=100, num_test=20, log_every=50, save_every=500,
+    "cifar10": dict(
+        num_res_blocks=2, attention_resolutions=(16,), dropout=0.1, image_size=(32, 32),  # App. B
+        lr=2e-4, batch_size=128, ema_decay=0.9999, steps=800_000, flip=True,  # App. B
+        channels=128, channel_mult=(1, 2, 2, 2), warmup=5000, grad_clip=1.0,  # released code
+        lr_decay=False,  # App. B
+        num_samples=100, sample_batch_size=256, num_test=256,  # ours
+        log_every=100, save_every=5000,  # ours
     ),
-    "mnist": CIFAR10 | dict(
+}
+PRESETS.update(
+    folder=PRESETS["cifar10"] | dict(flip=False),  # of any images: CIFAR-10's network, 32 x 32
+    # Digits are not in the paper: these are ours, sized for minutes on a laptop, an hour on a GPU.
+    digits=PRESETS["cifar10"] | dict(
+        image_size=(16, 16), channels=16, channel_mult=(1, 2, 4), num_res_blocks=1,
+        attention_resolutions=(8,), dropout=0.0, lr=8e-3, batch_size=64, steps=3400, flip=False,
+        warmup=200, lr_decay=True, num_samples=64, num_test=16, log_every=100, save_every=500,
+    ),
+    mnist=PRESETS["cifar10"] | dict(
         image_size=(28, 28), channels=64, channel_mult=(1, 2, 2), attention_resolutions=(14,),
         steps=50_000, flip=False, warmup=1000,
     ),
-}
-PRESETS["fashion_mnist"] = PRESETS["mnist"]
+)
+PRESETS.update(fashion_mnist=PRESETS["mnist"])
 
 
 def parse_args(argv=None):
@@ -721,7 +739,7 @@ def main(argv=None):
             x_T = torch.randn(n, args.image_channels, *args.image_size, device=device)
             return to_uint8(ddpm_sample(model, x_T, *options, record=None if record else record))
 
-        save_grid(save_images(draw, args), Path(args.out, "samples.png"), columns=10)
+        save_grid(save_images(draw, args), Path(args.out, "samples.png"), columns=8)
         steps, rows = torch.tensor(record_steps(args.T), device=device), []
         try:
             x_0 = test_images(1).expand(len(record), -1, -1, -1)

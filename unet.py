@@ -158,7 +158,8 @@ class UNet(nn.Module):
             raise ValueError(f"images {C}x{H}x{W}: the network takes {self.in_channels} channels, "
                              f"height and width must be multiples of {self.multiple}")
         temb = self.time_mlp(time_embedding(t, self.channels).to(x.dtype))  # (B, 4 C)
-        h = self.conv_in(x.contiguous(memory_format=torch.channels_last))  # (B, C, H, W)
+        # (B, C, H, W); a 1-channel x has no layout to hand on, so channels_last begins here
+        h = self.conv_in(x).contiguous(memory_format=torch.channels_last)
         skips = [h]
         for module in self.down:  # (B, C, H, W) -> (B, C * mult[-1], H / multiple, W / multiple)
             h = module(h, temb)
