@@ -27,16 +27,18 @@ import torchvision
 from PIL import Image
 from torch._subclasses import FakeTensorMode
 
+import ddim
 import ddpm
 from unet import UNet
 
 torch.set_num_threads(1)  # tensors are tiny here
 ROOT = Path(__file__).parent
-SCRIPTS = {"ddpm": ddpm}
+SCRIPTS = {"ddpm": ddpm, "ddim": ddim}
 TINY = (
     "--steps 4 --batch-size 4 --channels 8 --num-samples 3 --num-test 3 --sample-batch-size 2 "
-    "--log-every 2 --T 20 --mix-at 10 --device cpu"
+    "--log-every 2 --T 20 --device cpu"
 ).split()
+FEWER = {"ddpm": ["--mix-at", "10"], "ddim": ["--num-steps", "5"]}  # what one script alone has
 
 
 @pytest.fixture(autouse=True)
@@ -255,6 +257,141 @@ def test_training_draws_every_t_from_1_to_T():
     assert ((counts[1:] - 800).abs() < 4 * math.sqrt(800)).all()
 
 
+# ---- 1. Against the truth: DDIM ------------------------------------------------------------------
+
+
+def gaussian_step(t, s, eta, schedule):
+    """Eq. (12) with the exact eps for N(MU, SIGMA), by hand: x_s = A x_t + b + noise std * z."""
+    a_t, a_s = schedule.alpha_bar[t], schedule.alpha_bar[s]
+    sigma = eta * ((1 - a_s) / (1 - a_t)).sqrt() * (1 - a_t / a_s).sqrt()
+    eye = torch.eye(2).double()
+    K = (1 - a_t).sqrt() * torch.linalg.inv(a_t * SIGMA + (1 - a_t) * eye)  # eps = K (x - mean)
+    of_eps = (1 - a_s - sigma**2).clamp(min=0).sqrt() - (a_s * (1 - a_t) / a_t).sqrt()
+    A = (a_s / a_t).sqrt() * eye + of_eps * K
+    return A, -of_eps * K @ (a_t.sqrt() * MU), sigma
+
+
+@pytest.mark.parametrize(("eta", "S"), [(0.0, 1000), (0.0, 20), (0.3, 50), (1.0, 1000), (1.0, 10)])
+def test_ddim_follows_the_linear_recursion(eta, S):
+    schedule, n = ddim.Schedule(), 20000
+    tau = ddim.timesteps(1000, S)
+    x_T = torch.randn(n, 2).double()
+    x = ddim.ddim_sample(exact_eps(schedule), x_T, schedule, tau, eta)
+    mean, cov, map_ = torch.zeros(2).double(), torch.eye(2).double(), torch.eye(2).double()
+    for t, s in zip(tau[::-1], [*tau[-2::-1], 0], strict=True):
+        A, b, sigma = gaussian_step(t, s, eta, schedule)
+        mean, cov, map_ = A @ mean + b, A @ cov @ A.T + sigma**2 * torch.eye(2), A @ map_
+    if eta == 0:  # a linear function of x_T
+        torch.testing.assert_close(x, x_T @ map_.T + mean)
+    else:
+        within(x.mean(0), mean, (cov.diagonal() / n).sqrt())
+        outer = cov.diagonal().outer(cov.diagonal())
+        within(x.T.cov(), cov, ((outer + cov**2) / n).sqrt())
+    if S == 1000:
+        assert torch.allclose(cov, SIGMA, rtol=0.04, atol=0.004)
+        assert torch.allclose(mean, MU, atol=0.01)
+
+
+@pytest.mark.parametrize("clip", [False, True])
+def test_eta_1_over_all_steps_is_ddpm(clip):
+    schedule, x_T = ddim.Schedule(), torch.randn(2, 1, 4, 4).double()
+
+    def model(x_t, t):
+        return torch.tanh(x_t) * (0.5 + t.view(-1, 1, 1, 1) / 2000)
+
+    torch.manual_seed(3)
+    x = ddim.ddim_sample(model, x_T, schedule, ddim.timesteps(1000, 1000), 1.0, clip)
+    torch.manual_seed(3)
+    expected = ddpm.ddpm_sample(model, x_T, schedule, "small", clip)
+    torch.testing.assert_close(x, expected, rtol=1e-5, atol=1e-5)
+    torch.manual_seed(3)
+    x = ddim.ddim_sample(model, x_T, schedule, ddim.timesteps(1000, 1000), 0.5, clip, True)
+    torch.manual_seed(3)
+    expected = ddpm.ddpm_sample(model, x_T, schedule, "large", clip)
+    torch.testing.assert_close(x, expected, rtol=1e-5, atol=1e-5)  # sigma-hat is beta_t at S = T
+
+
+def test_sigma_is_the_posterior_deviation_at_eta_1():
+    schedule = ddim.Schedule(100)
+    for t in (1, 2, 57, 100):
+        sigma = ddim.ddim_sigma(t, t - 1, 1.0, schedule)
+        assert isinstance(sigma, float)
+        assert sigma == pytest.approx(schedule.beta_tilde[t].sqrt().item(), rel=1e-9, abs=1e-12)
+        assert ddim.ddim_sigma(t, t - 1, 0.4, schedule) == pytest.approx(0.4 * sigma)
+
+
+def test_encoding_is_a_first_order_solver():
+    """Encode and decode with the exact eps: the error halves as S doubles."""
+    schedule = ddim.Schedule()
+    x_0 = MU + torch.randn(200, 2).double() @ torch.linalg.cholesky(SIGMA).T
+    errors = []
+    for S in (50, 100, 200, 400):
+        tau = ddim.timesteps(1000, S)
+        x_T = ddim.ddim_encode(exact_eps(schedule), x_0, schedule, tau)
+        back = ddim.ddim_sample(exact_eps(schedule), x_T, schedule, tau)
+        errors.append((back - x_0).norm().item())
+    slopes = [math.log2(a / b) for a, b in zip(errors, errors[1:], strict=False)]
+    assert all(0.75 < slope < 1.5 for slope in slopes), slopes
+
+
+def test_slerp():
+    z_0, z_1 = torch.randn(3, 2, 4, 4).double(), torch.randn(3, 2, 4, 4).double()
+    torch.testing.assert_close(ddim.slerp(z_0, z_1, 0.0), z_0)
+    torch.testing.assert_close(ddim.slerp(z_0, z_1, 1.0), z_1)
+    z_1 = z_1 * (z_0.flatten(1).norm(dim=1) / z_1.flatten(1).norm(dim=1)).view(3, 1, 1, 1)
+    half = ddim.slerp(z_0, z_1, 0.5)
+    torch.testing.assert_close(half.flatten(1).norm(dim=1), z_0.flatten(1).norm(dim=1))
+    torch.testing.assert_close((half - z_0).norm(), (half - z_1).norm())
+    torch.testing.assert_close(ddim.slerp(z_0[:1], z_1[:1], 0.3), ddim.slerp(z_0, z_1, 0.3)[:1])
+    torch.testing.assert_close(ddim.slerp(z_0, z_0, 0.3), z_0)
+    assert ddim.slerp(z_0, -z_0, 0.3).isfinite().all()
+
+
+# ---- 2. At the edges: DDIM -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("spacing", ["linear", "quadratic"])
+@pytest.mark.parametrize("S", [1, 2, 3, 7, 10, 50, 300, 600, 1000])
+def test_ddim_makes_s_evaluations(S, spacing):
+    tau, seen, record = ddim.timesteps(1000, S, spacing), [], []
+
+    def model(x_t, t):
+        seen.append(t.item())
+        return x_t * 0.1
+
+    assert len(set(tau)) == len(tau) == S and tau == sorted(tau) and tau[0] >= 1 and tau[-1] == 1000
+    schedule, x_T = ddim.Schedule(), torch.randn(1, 2, 3)
+    x_0 = ddim.ddim_sample(model, x_T, schedule, tau, record=record)
+    assert seen == tau[::-1] and len(record) == min(S, 15) + 1
+    assert torch.equal(record[0], x_T) and torch.equal(record[-1], x_0)
+    assert torch.equal(x_0, ddim.ddim_sample(model, x_T, schedule, tau))  # deterministic
+    seen.clear()
+    ddim.ddim_encode(model, x_0, schedule, tau)
+    assert seen == [1, *tau[:-1]]
+
+
+def test_ddim_step_with_clipping_and_given_noise():
+    schedule, x_t, eps = ddim.Schedule(), torch.full((1, 2), 3.0), torch.zeros(1, 2)
+    a_t, a_s = schedule.alpha_bar[900].float(), schedule.alpha_bar[400].float()
+    x_s = ddim.ddim_step(x_t, eps, 900, 400, schedule, clip=True)
+    derived = (x_t - a_t.sqrt()) / (1 - a_t).sqrt()  # x_0_hat is 1
+    torch.testing.assert_close(x_s, a_s.sqrt() + (1 - a_s).sqrt() * derived)
+    torch.testing.assert_close(ddim.ddim_step(x_t, eps, 900, 0, schedule, 1.0), x_t / a_t.sqrt())
+    noise = torch.randn(1, 2)
+    shift = ddim.ddim_step(x_t, eps, 900, 400, schedule, 1.0, noise) - ddim.ddim_step(
+        x_t, eps, 900, 400, schedule, 1.0, 0 * noise)
+    torch.testing.assert_close(shift, noise * ddim.ddim_sigma(900, 400, 1.0, schedule))
+
+
+def test_ddim_loss_is_l_simple():
+    schedule, x_0 = ddim.Schedule(50), torch.rand(3000, 1, 2, 2)
+    torch.manual_seed(5)
+    loss = ddim.ddim_loss(lambda x, t: x * t.view(-1, 1, 1, 1) / 50, x_0, schedule)
+    torch.manual_seed(5)
+    expected = ddpm.ddpm_loss(lambda x, t: x * t.view(-1, 1, 1, 1) / 50, x_0, schedule)
+    torch.testing.assert_close(loss, expected)
+
+
 # ---- 2. At the edges: DDPM and the U-Net ---------------------------------------------------------
 
 
@@ -320,6 +457,10 @@ def test_interpolation_keeps_its_noise_and_its_ends():
         lambda s, x: ddpm.Schedule(10, 0.2, 0.1),
         lambda s, x: ddpm.ddpm_loss(lambda x, t: x, x, s, objective="mse"),
         lambda s, x: ddpm.ddpm_sample(lambda x, t: x, x, s, variance="learned"),
+        lambda s, x: ddim.timesteps(10, 11),
+        lambda s, x: ddim.timesteps(10, 0),
+        lambda s, x: ddim.timesteps(10, 5, "cubic"),
+        lambda s, x: ddim.ddim_step(x, x, 5, 3, s, eta=1.5),
         lambda s, x: UNet(channels=130),
         lambda s, x: UNet(3, 3, 8, (1, 2, 2), 1, ())(torch.zeros(1, 3, 8, 6), torch.zeros(1)),
         lambda s, x: UNet(3, 3, 8, (1, 2), 1, ())(torch.zeros(1, 1, 8, 8), torch.zeros(1)),
@@ -452,7 +593,7 @@ def folder(tmp_path, monkeypatch):
 
 
 def run(*words, module=ddpm):
-    module.main([*TINY, *words])
+    module.main([*TINY, *FEWER[module.SCRIPT], *words])
 
 
 def refused(capsys, *words, module=ddpm, match=""):
@@ -541,16 +682,17 @@ def test_standard_error_is_of_the_mean(folder, monkeypatch):
     assert measured["total"] == 4 and measured["standard_error"] == pytest.approx(1.7795130)
 
 
-def test_resume_is_bit_for_bit(folder):
+@pytest.mark.parametrize("module", SCRIPTS.values(), ids=SCRIPTS)
+def test_resume_is_bit_for_bit(folder, module):
     flags = ("--flip", "--dropout", "0.1", "--warmup", "3", "--log-every", "3")
-    run(*flags, "--steps", "10", "--out", "whole")
-    run(*flags, "--steps", "5", "--out", "parts")
+    run(*flags, "--steps", "10", "--out", "whole", module=module)
+    run(*flags, "--steps", "5", "--out", "parts", module=module)
     with open("parts/log.jsonl", "a") as file:  # as after a crash past the checkpoint
         file.write('{"step": 6, "loss": 0.0}\n{"step": 7, "lo')
     Path("parts/images/000009.png").write_bytes(b"of before")
-    ddpm.main(["--resume", "--out", "parts", "--steps", "10"])
+    module.main(["--resume", "--out", "parts", "--steps", "10"])
     assert not Path("parts/images/000009.png").exists()
-    whole, parts = (ddpm.load_checkpoint(f"{name}/checkpoint.pt") for name in ("whole", "parts"))
+    whole, parts = (module.load_checkpoint(f"{name}/checkpoint.pt") for name in ("whole", "parts"))
     assert whole["step"] == 10 and equal(whole, parts)
     assert Path("whole/log.jsonl").read_text() == Path("parts/log.jsonl").read_text()
     image = "images/000001.png"
@@ -586,7 +728,7 @@ def test_a_run_folder_is_never_overwritten(folder, capsys):
         ("--batch-size -1", "--batch-size"),
         ("--T 1", "--T"),
         ("--beta-1 0.5 --beta-T 0.1", "0 < beta"),
-        ("--mix-at 21", "--mix-at 21"),
+        ("--mix-at 21", "--mix-at 21 is beyond"),
         ("--channels 130", "multiple of 32"),
         ("--variance learned", "invalid choice: 'learned'"),
         ("--task fly", "invalid choice: 'fly'"),
@@ -708,13 +850,14 @@ def test_signals_kill_and_resume(folder):
     assert f"stopped after step {state['step']}".encode() in out
 
 
-def test_copied_alone_it_still_runs(folder):
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_copied_alone_it_still_runs(folder, name):
     """A script and unet.py in an empty folder are enough."""
-    for name in ("ddpm.py", "unet.py"):
-        shutil.copy(ROOT / name, folder)
-    words = [*TINY, "--dataset", "photos", "--image-size", "8"]
-    subprocess.run([sys.executable, "ddpm.py", *words], check=True, capture_output=True)
-    assert Image.open("runs/ddpm-photos/images/000000.png").mode == "RGB"
+    for file in (f"{name}.py", "unet.py"):
+        shutil.copy(ROOT / file, folder)
+    words = [*TINY, *FEWER[name], "--dataset", "photos", "--image-size", "8"]
+    subprocess.run([sys.executable, f"{name}.py", *words], check=True, capture_output=True)
+    assert Image.open(f"runs/{name}-photos/images/000000.png").mode == "RGB"
 
 
 @pytest.mark.parametrize("size", [("8",), ("16", "24")])
@@ -798,7 +941,8 @@ class Toy(torch.nn.Module):
 
 
 def toy_args(out, *words):
-    return ddpm.parse_args([*TINY, "--out", str(out), "--lr", "0.1", "--warmup", "0", *words])
+    rate = ("--lr", "0.1", "--warmup", "0", "--no-lr-decay")
+    return ddpm.parse_args([*TINY, "--out", str(out), *rate, *words])
 
 
 def test_ema_warmup_and_clipping(tmp_path):
@@ -819,6 +963,16 @@ def test_ema_warmup_and_clipping(tmp_path):
     assert not result.training and not result.w.requires_grad
     log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert log[0]["grad_norm"] == pytest.approx(100 * math.sqrt(2)) and log[0]["lr"] == 0.025
+
+
+def test_the_rate_decays_as_one_over_the_root_of_the_step(tmp_path):
+    args = toy_args(tmp_path, "--steps", "36", "--warmup", "4", "--lr-decay", "--log-every", "9")
+    model = Toy()
+    ddpm.fit(model, lambda rows: model.w.sum(), (torch.arange(9),), args)
+    log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    rates = {line["step"]: line["lr"] for line in log}
+    assert rates[1] == pytest.approx(0.025) and rates[9] == pytest.approx(0.1 * 2 / 3)
+    assert rates[36] == pytest.approx(0.1 / 3)
 
 
 def test_non_finite_steps_touch_nothing(tmp_path, capsys):
@@ -894,6 +1048,29 @@ def test_torchrun_trains_and_samples(folder):
     assert len(list(Path("run/images").iterdir())) == 3
 
 
+def test_ddim_tasks_on_the_checkpoint_of_ddpm(good_run, folder, capsys):
+    shutil.copytree(good_run, "good")
+    for task in ("sample", "sweep", "reconstruct", "interpolate"):
+        ddim.main(["--checkpoint", "good/checkpoint.pt", "--task", task, "--num-steps", "7"])
+    results = {task: json.loads(Path(f"good/{task}/results.json").read_text())[task]
+               for task in ("sample", "sweep", "reconstruct", "interpolate")}
+    assert results["sample"]["evaluations"] == 7 and results["sample"]["clip"] is False
+    assert results["sample"]["step"] == 4 and results["reconstruct"]["n"] == 3
+    assert len(results["sweep"]["table"]) == 10  # 5 eta, S = 10 and 20 = T
+    assert [row["S"] for row in results["reconstruct"]["table"]] == [10, 20]
+    assert all(Path(f"good/{name}.png").is_file() for name in
+               ("sample/process", "sweep/sweep", "reconstruct/reconstruct",
+                "interpolate/interpolation"))
+    run("--out", "own", module=ddim)
+    refused(capsys, "--checkpoint", "own/checkpoint.pt", match="a checkpoint of ddim.py")
+    with pytest.raises(SystemExit):  # --resume goes on with ddim's own training only
+        ddim.main(["--resume", "--out", "good"])
+    assert "one of ddim.py is needed" in capsys.readouterr().err
+    ddim.save_checkpoint("ncsn.pt", {"method": "ncsn", "args": {}, "ema": {}})
+    refused(capsys, "--checkpoint", "ncsn.pt", module=ddim, match="of ncsn.py: one of ddim.py")
+    refused(capsys, "--num-steps", "21", module=ddim, match="21 steps are not within 1..20")
+
+
 # ---- 4. The house --------------------------------------------------------------------------------
 
 PER_PAPER = {"PRESETS", "parse_args", "main", "bits_per_dim", "inpaint"}
@@ -962,6 +1139,8 @@ def test_docstring_lists_the_equations_of_the_method(name):
                 found |= {(kind, int(n)) for n in re.findall(r"\d+", run_of)}
         return found
 
+    if name != "ddpm":  # what it takes over from DDPM has DDPM's numbers
+        method = method.replace(definitions(name)["Schedule"], "")
     assert numbers(listed) == numbers(method)
     lines = (ROOT / f"{name}.py").read_text().splitlines()
     assert next(i for i, line in enumerate(lines, 1) if "# Eq. (" in line) <= 50
@@ -981,9 +1160,12 @@ def test_every_documented_command_parses(monkeypatch):
     assert len(found) >= 8
     for name, words in found:
         module = SCRIPTS[name]
-        loaded = {"args": {**module.PRESETS["digits"], "T": 1000, "beta_1": 1e-4, "beta_T": 0.02}}
+        network = {**module.PRESETS["digits"], "dataset": "digits"}
+        schedule = {"T": 1000, "beta_1": 1e-4, "beta_T": 0.02}
+        loaded = {"method": "ddpm", "args": {**network, **schedule}}
         monkeypatch.setattr(module, "load_checkpoint", lambda *_, loaded=loaded: loaded)
-        module.parse_args(words)
+        if "--help" not in words:
+            module.parse_args(words)
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -997,6 +1179,23 @@ def test_presets_have_flags_and_help_prints_them(name, capsys):
     with pytest.raises(SystemExit) as stop:
         module.parse_args(["--dataset", "cifar10", "--help"])
     assert stop.value.code == 0 and "(default: 800000)" in capsys.readouterr().out
+
+
+def test_ddim_stays_on_the_device_of_x():
+    with FakeTensorMode():
+        schedule, x = ddim.Schedule(20).to("cuda"), torch.rand(2, 3, 8, 8, device="cuda")
+        assert schedule.alpha_bar.device == x.device
+
+        def model(x_t, t):
+            assert t.device == x_t.device == x.device
+            return x_t * 0.5
+
+        tau = ddim.timesteps(20, 5)
+        assert ddim.ddim_loss(model, x, schedule).device == x.device
+        for options in ((0.0,), (0.5, True), (1.0, True, True)):
+            assert ddim.ddim_sample(model, x, schedule, tau, *options).device == x.device
+        assert ddim.ddim_encode(model, x, schedule, tau).device == x.device
+        assert ddim.slerp(x, x, 0.5).device == x.device
 
 
 def test_ddpm_stays_on_the_device_of_x():
