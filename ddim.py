@@ -9,7 +9,7 @@ Implements: Eq. (4), (5), (9), (12), (13), (16); Table 1, 2; Fig. 5, 6.
     sigma, eta      noise of a step; eta: 0 is DDIM, 1 is DDPM     eta in [0, 1]
     model(x_t, t)   the network eps_theta, fed t - 1               t (B,) int64; like x_t
 
-    python ddim.py                                                train, sample, bits
+    python ddim.py                                                train, 20-step samples
     python ddim.py --checkpoint runs/ddpm-digits/checkpoint.pt    use what ddpm.py trained
     python ddim.py --checkpoint runs/ddpm-digits/checkpoint.pt --task sweep
 

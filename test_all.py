@@ -183,7 +183,6 @@ def test_bound_in_float32_agrees_with_float64():
 
     torch.manual_seed(1)
     precise = ddpm.bits_per_dim(model, x_0, schedule)
-    noise = []
     torch.manual_seed(1)
     noise = [torch.randn_like(x_0) for _ in range(schedule.T)]
     replay = iter(noise)
