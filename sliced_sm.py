@@ -715,9 +715,9 @@ PRESETS.update(
     folder=PRESETS["cifar10"] | dict(flip=False),
     # Digits are not in the papers at this size: these are ours, sized for minutes on a laptop.
     digits=PRESETS["cifar10"] | dict(
-        sigma_max=3.0, sigma_min=0.1, levels=32, T=10, eps=0.002, denoise=True, ema_decay=0.999,
+        sigma_max=3.0, sigma_min=0.1, levels=32, T=20, eps=0.002, denoise=True, ema_decay=0.999,
         image_size=(16, 16), channels=16, channel_mult=(1, 2, 4), num_res_blocks=1,
-        attention_resolutions=(8,), lr=8e-3, batch_size=64, steps=1000, warmup=200, lr_decay=0.5,
+        attention_resolutions=(8,), lr=4e-3, batch_size=64, steps=1000, warmup=150, lr_decay=1.0,
         grad_clip=1.0, flip=False, log_every=50, save_every=250,
     ),
     mnist=PRESETS["cifar10"] | dict(
