@@ -6,7 +6,8 @@ Implements: Eq. (1), (2), (3), (4), (5), (18); Table 1.
     t               time, 1 (almost data) ... T (noise)         (B,) int64; the network is fed t - 1
     x_0, x_t        data, and data after t steps of noise       (B, ...) int64 in 0..K-1
     Q, Q_bar        one step's matrix; product of steps 1..t    (K, K), [i, j]: from i to j
-    beta            probability, or width, of a step's jumps    (T + 1,), index = t, beta[0] = 0
+    beta            probability of a step's jump; Gaussian:     (T + 1,), index = t, beta[0] = 0
+                    their variance is beta / 2
     alpha_bar       product of 1 - beta_1 ... 1 - beta_t        (T + 1,), alpha_bar[0] = 1
     model(x_t, t)   the network: logits of p~(x_0 | x_t)        (B, ..., K)
 
@@ -14,11 +15,12 @@ Implements: Eq. (1), (2), (3), (4), (5), (18); Table 1.
     python d3pm.py --dataset cifar10                            the paper's best run
     python d3pm.py --dataset text8                              text; or any file: --dataset FILE
     python d3pm.py --method multinomial                         the first paper's method
-    python d3pm.py --checkpoint runs/d3pm-text8/checkpoint.pt --task infill
+    python d3pm.py --checkpoint runs/d3pm-digits/checkpoint.pt --task infill
 
 One posterior serves both papers: theta_post of the first is Eq. (4) with the uniform transition.
 Measured results stand in README.md. Deviations from the papers:
-1. The hybrid loss as released: one random term of L_vb, without the factor T, + hybrid * CE.
+1. The hybrid loss as released: one random term of L_vb, without the factor T, + hybrid * CE; a mean
+   over positions, in nats (released: bits for images, a sum for text, which clipping notices).
 2. The Gaussian's beta is multiplied by 1000 / T where T < 1000, so that the noise still mixes.
 3. x_t is drawn from q itself; the released code adds 1e-6 to every probability.
 4. EMA decay min(decay, (1 + n) / (10 + n)) after n steps.
@@ -27,6 +29,7 @@ Measured results stand in README.md. Deviations from the papers:
 """
 
 import math
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -77,7 +80,7 @@ def expand(a, x):
 
 def categorical(probs):
     """One state (...) int64 from each row of probs (..., K) >= 0, which need not sum to 1."""
-    # of K alarm clocks with these rates, which one rings first: exact, and waits for no GPU
+    # of K alarm clocks with these rates, which one rings first: exact; multinomial waits for a GPU
     return (probs / torch.empty_like(probs).exponential_()).argmax(-1)
 
 
@@ -152,7 +155,8 @@ class CategoricalDiffusion:
         """x_0_probs Q_bar_t, like x_0_probs (B, ..., K); t (B,) in 0..T."""
         if self.transition == "gaussian":
             Q_bar = self.products[t].to(x_0_probs.dtype)  # (B, K, K)
-            return (x_0_probs.flatten(1, -2) @ Q_bar).view_as(x_0_probs)  # Eq. (3)
+            rows = x_0_probs.reshape(len(Q_bar), -1, self.K)
+            return (rows @ Q_bar).view_as(x_0_probs)  # Eq. (3)
         alpha_bar = self.alpha_bar[t]
         stay, jump = expand(alpha_bar, x_0_probs), expand(1 - alpha_bar, x_0_probs)
         return stay * x_0_probs + jump * self.prior.to(x_0_probs.dtype)  # Eq. (3)
@@ -162,7 +166,7 @@ class CategoricalDiffusion:
         here = F.one_hot(x_t, self.K).to(dtype)
         if self.transition == "gaussian":
             Q = self.matrices[t].to(dtype)  # (B, K, K), symmetric
-            return (here.flatten(1, -2) @ Q).view_as(here)
+            return (here.view(len(Q), -1, self.K) @ Q).view_as(here)
         stay, jump = expand(1 - self.beta[t], here), expand(self.beta[t], here)
         return stay * here + jump * self.prior.to(dtype)[x_t].unsqueeze(-1)
 
@@ -187,7 +191,8 @@ class CategoricalDiffusion:
         """Probabilities of x_{t-1}, like x_0_probs (B, ..., K); x_t (B, ...), t (B,) in 1..T.
 
         A one-hot x_0 gives q(x_{t-1} | x_t, x_0), Eq. (3); a prediction p~(x_0 | x_t) gives
-        p(x_{t-1} | x_t), Eq. (4), the same formula as the sum over x_0 goes past the likelihood.
+        p(x_{t-1} | x_t), Eq. (4): x_t Q_t^T has no x_0 in it, so that the sum over x_0 of the joint
+        probabilities (not of posteriors, each of its own norm) is the same formula.
         Where x_t cannot come from x_0 it is uniform: finite always.
         """
         product = self.likelihood(x_t, t, x_0_probs.dtype) * self.marginal(x_0_probs, t - 1)
@@ -265,7 +270,8 @@ def skip_steps(model, diffusion, tau):
     steps = torch.tensor([0, *tau], device=diffusion.beta.device)
     short = CategoricalDiffusion(diffusion.K, len(tau), diffusion.transition, mask=diffusion.mask)
     short.to(steps.device).alpha_bar = diffusion.alpha_bar[steps]
-    short.beta = F.pad(1 - short.alpha_bar[1:] / short.alpha_bar[:-1], (1, 0))
+    stay = [(1 - diffusion.beta[s + 1 : t + 1]).prod() for s, t in pairwise([0, *tau])]
+    short.beta = F.pad(1 - torch.stack(stay), (1, 0))  # alpha_bar_t / alpha_bar_s may be 0 / 0
     return lambda x_t, t: model(x_t, steps[t]), short
 
 
@@ -293,8 +299,8 @@ def bits_per_dim(model, x_0, diffusion):
 def infill(model, x, known, diffusion, record=None):
     """x_0 like x (B, ...) whose positions are x's where known is True; known broadcasts against x.
 
-    Absorbing only. The other positions begin as masks, at the t that masks so many on average (if
-    data can be in the mask's state, as images can, it is then a little too likely). Predicting what
+    Absorbing only. The other positions begin as masks, at the t that masks so many on average (data
+    that can be in the mask's state, as images can, is in it a little too often). Predicting what
     is known with certainty keeps it, as Eq. (4) never leaves a state that is no mask.
     """
     if diffusion.transition != "absorbing":
@@ -305,7 +311,7 @@ def infill(model, x, known, diffusion, record=None):
         return torch.where(known[..., None], certain, model(x_t, t))
 
     masked = 1 - known.to(diffusion.beta.dtype).mean()
-    t_start = max(1, int((1 - diffusion.alpha_bar[1:] <= masked).sum()))
+    t_start = max(1, int((1 - diffusion.alpha_bar[1:] <= masked + 1e-9).sum()))  # rounding aside
     x_t = torch.where(known, x, diffusion.mask)
     return d3pm_sample(informed, x_t, diffusion, t_start=t_start, record=record)
 
@@ -877,7 +883,9 @@ for name in list(PRESETS):  # Table 3 has the logistic head for the Gaussian alo
     PRESETS[f"{name} --method multinomial"] = other | dict(transition="uniform", hybrid=0.0)
     if not name.startswith("text"):
         PRESETS[f"{name} --transition absorbing"] = other
-# T = 100, as with 16 levels the first hundreds of 1000 steps would be too small to leave any
+# Table 3: by L_vb alone
+PRESETS["cifar10 --transition uniform"] = dict(head="residual", hybrid=0.0)
+# T = 100: of 1000 steps the first hundreds would hardly leave one of 16 levels for the next
 PRESETS["digits --transition gaussian"] = dict(
     levels=16, hybrid=0.01, T=100, lr=2e-3, warmup=200, lr_decay=0.5,
 )
@@ -913,7 +921,12 @@ def parse_args(argv=None):
         presets = PRESETS | {key.replace("text", "folder", 1): text[key] for key in text}
     fixed = ("transition", "T", "levels", "head", "length", "layers", "width", "heads")
     args = read_args(parser, presets, argv, fixed=fixed, variants=("transition", "method"))
-    vars(args).setdefault("text", args.dataset == "text8" or Path(args.dataset).is_file())
+    text = args.dataset == "text8" or Path(args.dataset).is_file()
+    vars(args).setdefault("text", text)
+    if args.loaded and text != args.text and args.dataset != args.loaded["args"]["dataset"]:
+        fail(f"--dataset {args.dataset}: the checkpoint is of {'text' if args.text else 'images'}")
+    if args.text and args.flip:
+        fail("--flip mirrors images, not text")
     if args.method == "multinomial" and (args.transition != "uniform" or args.hybrid):
         fail("--method multinomial is the uniform transition with --hybrid 0")
     return args
@@ -1094,7 +1107,7 @@ def main(argv=None):
         else:
             states = torch.cat([states for _, states in rows])
             save_grid(to_uint8(states), Path(args.out, "process.png"), columns=len(times))
-        return {"n": args.num_samples, "final_mode": args.final_mode}
+        return {"n": args.num_samples, "final_mode": args.final_mode, "evaluations": steps}
 
     def bpd():
         batches = test_states(args.num_test).split(args.sample_batch_size)
@@ -1107,7 +1120,7 @@ def main(argv=None):
         unit = "bits/char" if args.text else "bits/dim"
         report(f"test {unit} <= " + "{total:.4f} +- {standard_error:.4f}, of which L_T {L_T:.6f}, "
                "L_1 to L_T-1 {L_t:.4f}, L_0 {L_0:.4f}; n = ".format(**mean) + str(n), last=True)
-        return {"n": n, "split": "test", unit.replace("/", "_per_"): mean}
+        return {"n": n, "split": "test", "evaluations": steps, unit.replace("/", "_per_"): mean}
 
     def filling():
         x, completions = test_states(args.num_test), 3
@@ -1116,7 +1129,8 @@ def main(argv=None):
         rows = []
         for known in (first, torch.rand(len(first), device=device) < 0.5):  # half, every second
             known = known.view(places)
-            filled = infill(stepped, x.repeat_interleave(completions, 0), known, process)
+            parts = x.repeat_interleave(completions, 0).split(args.sample_batch_size)
+            filled = torch.cat([infill(stepped, part, known, process) for part in parts])
             given = torch.where(known, x, mask or K // 2)
             for i, chosen in enumerate(filled.split(completions)):
                 rows.append(torch.cat([given[i : i + 1], chosen, x[i : i + 1]]))
@@ -1129,7 +1143,7 @@ def main(argv=None):
 
     tasks = {"sample": sample, "bpd": bpd, "infill": filling}
     run(args, tasks, net, loss_fn, data, also=("bpd",), method=args.method, hybrid=args.hybrid,
-        transition=args.transition, T=args.T, K=K, evaluations=steps)
+        transition=args.transition, T=args.T, K=K)
 
 
 if __name__ == "__main__":

@@ -772,7 +772,7 @@ def histogram(x, title, extent=10):
     """Points (N, 2) in a square of [-extent, extent]^2, y upwards, as an image (1, 324, 324)."""
     edges = np.linspace(-extent, extent, 82)
     counts = np.histogram2d(x[:, 1].cpu().numpy(), x[:, 0].cpu().numpy(), (edges, edges))[0][::-1]
-    shade = 255 * (1 - np.sqrt(counts / counts.max()))
+    shade = 255 * (1 - np.sqrt(counts / max(1, counts.max())))
     picture = Image.fromarray(shade.astype(np.uint8)).resize((324, 324), Image.Resampling.NEAREST)
     ImageDraw.Draw(picture).text((6, 6), title, fill=0)
     return pil_to_tensor(picture)

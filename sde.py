@@ -2,7 +2,7 @@
 Kingma, Kumar, Ermon, Poole 2021, arXiv:2011.13456).
 
 Implements: Eq. (4), (6), (7), (8), (10), (12), (13), (29), (30), (31), (32), (34), (39), (40),
-(42), (46), (47), (49); Alg. 1, 4, 5; and NCSNv2's Technique 1.
+(43), (44), (46), (47), (49); Alg. 1, 4, 5; and NCSNv2's Technique 1.
 
     t               time, 0 (data) ... 1 (noise, the paper's T)     (B,) float
     x_0             8-bit images scaled linearly                    (B, C, H, W), VE: in [0, 1],
@@ -10,7 +10,7 @@ Implements: Eq. (4), (6), (7), (8), (10), (12), (13), (29), (30), (31), (32), (3
     f, g            drift and diffusion of dx = f dt + g dw         like x, (B,)
     z               noise                                           like x, N(0, I)
     N, r            steps of a sampler; its corrector's signal-to-noise ratio, snr
-    score(x, t)     s_theta, here -net(x, 999 t) / std              like x
+    score(x, t)     s_theta, here -net(x in [-1, 1], 999 t) / std   like x
 
     python sde.py                                               train on digits, sample, bits/dim
     python sde.py --dataset cifar10 --sde subvp                 the paper's run
@@ -18,12 +18,14 @@ Implements: Eq. (4), (6), (7), (8), (10), (12), (13), (29), (30), (31), (32), (3
     python sde.py --checkpoint runs/ddpm-digits/checkpoint.pt --task bpd    what ddpm.py trained
 
 Measured results stand in README.md. Deviations from the paper and the released code:
-1. The network is DDPM's U-Net. For VE, too, it is fed 999 t, which is log sigma up to its scale.
+1. The network is DDPM's U-Net. For VE, too, it is fed 999 t, which is linear in log sigma. The
+   classifier is its first half; the paper's is a Wide ResNet.
 2. N + 1 even times lead from 1 to eps; a step's beta_i is beta(t_i) times its length. The released
    code corrects first, and takes 1 / N for steps of another length.
 3. Inpainting ends with the denoised mean of all pixels; the released code leaves the noise.
 4. The ODE solver controls the error of every image by itself, not of the whole batch.
-5. Sub-VP's Langevin corrector takes VP's alpha_i; the released code has none.
+5. The correctors' alpha_i is 1 - beta_i, as released, not Sec. 2.2's product; so for sub-VP, too.
+6. A network of ddpm.py is read with beta_min = T beta_1, beta_max = T beta_T, for t from 1 / T.
 """
 
 import math
@@ -121,7 +123,7 @@ class VP:
         return (x + expand(beta, x) * s) / expand((1 - beta).sqrt(), x), beta.sqrt()  # Eq. (4)
 
     def alpha(self, t, dt):
-        return 1 - self.beta(t) * dt  # Alg. 5
+        return 1 - self.beta(t) * dt  # of Alg. 5, as released
 
 
 class SubVP(VP):
@@ -174,7 +176,8 @@ CORRECTORS = ("none", "langevin", "ald")
 
 
 def euler_maruyama(sde, x, t, dt):
-    """f like x and G (B,) of the step x(t) = x(t - dt) + f + G z by the Euler-Maruyama rule."""
+    """f like x and G (B,) of the step x(t) = x(t - dt) + f + G z by the Euler-Maruyama rule, both
+    taken at its end, where the reverse step that needs them starts."""
     f, g = sde.drift_diffusion(x, t)
     return f * dt, g * math.sqrt(dt)
 
@@ -190,7 +193,7 @@ def predict(score, sde, x, t, dt, predictor):
         else:
             f, G = sde.discretize(x, t, dt)
         if predictor == "probability_flow":
-            return x - f + 0.5 * expand(G**2, x) * s  # Eq. (42)
+            return x - f + 0.5 * expand(G**2, x) * s  # Eq. (43), (44)
         mean, std = x - f + expand(G**2, x) * s, G  # Eq. (46), of Eq. (6)
     return mean + expand(std, x) * torch.randn_like(x)
 
@@ -218,7 +221,8 @@ def check_sampler(sde, N, predictor, corrector):
         raise ValueError("neither a predictor nor a corrector: nothing would move")
     if predictor == "ancestral" and sde.ancestral is None:
         raise ValueError("ancestral sampling is not defined for the sub-VP SDE")
-    free = (predictor, corrector) == ("euler_maruyama", "none")  # of beta_i, which is below 1
+    euler = predictor == "euler_maruyama" or isinstance(sde, SubVP)
+    free = euler and corrector == "none"  # of beta_i, which is below 1
     if N < 1 or not free and sde.alpha(1.0, 1 / N) <= 0:
         raise ValueError(f"N = {N} steps are too few: beta(1) / N is not below 1")
 
@@ -239,7 +243,7 @@ def pc_sample(score, sde, x_T, N=1000, predictor="reverse_diffusion", corrector=
     recorded = () if record is None else record_steps(N)
     constrain = constrain or (lambda x, t: x)
     x = constrain(x_T, times[N])
-    for i in range(N, 0, -1):  # Alg. 1, line 2, whose i is i - 1
+    for i in range(N, 0, -1):  # Alg. 1, line 2; i is the paper's i + 1
         if i in recorded:
             record.append(x)
         if predictor != "none":
@@ -299,7 +303,7 @@ def dormand_prince(slope, y, t_0, t_1, rtol, atol, max_steps=2000):
         rows = accept.view(-1, *[1] * (y.dim() - 1))
         y, t = torch.where(rows, y_new, y), torch.where(accept, torch.where(last, end, t + h), t)
         slopes = [torch.where(rows, slopes[-1], slopes[0])]  # the last is the next step's first
-        h = h * (0.9 * norm**-0.2).clamp(0.2, 10).nan_to_num(0.2)
+        h = h * (0.9 * norm**-0.2).clamp(0.2, 10).nan_to_num(0.2)  # the usual rule for order 5
         under_way = t != end
         if not under_way.any():
             return y, evaluations
@@ -325,7 +329,7 @@ def probability_flow(score, sde, dtype):
 def ode_sample(score, sde, x_T, rtol=1e-5, atol=1e-5, record=None):
     """x_T ~ sde.prior -> x at sde.eps, like x_T, and the evaluations of the score.
 
-    record: a list that gets x at 16 even times from 1 to sde.eps.
+    record: a list that gets x at 16 even times from 1 to sde.eps; to stop there costs evaluations.
     """
     drift, x, evaluations = probability_flow(score, sde, x_T.dtype), x_T.to(precise(x_T)), 0
     times = [1.0, sde.eps]
@@ -407,7 +411,8 @@ def guided_score(score, log_prob, scale=1.0):
 
 
 def classifier_loss(classifier, x_0, labels, sde, t_min=1e-5):
-    """Cross entropy in nats of classifier(x, t) -> logits (B, K), at times t ~ U[t_min, 1]."""
+    """Cross entropy in nats of classifier(x, t) -> logits (B, K), at times t ~ U[t_min, 1]. Its
+    weight is the same at every t."""
     t = t_min + (1 - t_min) * torch.rand(len(x_0), device=x_0.device)
     mean, std = sde.marginal(x_0, t)
     x = mean + expand(std, x_0) * torch.randn_like(x_0)
@@ -951,8 +956,9 @@ from unet import group_norm, time_embedding
 PRESETS = {
     "cifar10": dict(  # App. C, G, H and, for the training, the released code
         beta_min=0.1, beta_max=20.0, sigma_min=0.01, sigma_max=50.0,  # App. C
-        predictor="euler_maruyama", corrector="langevin", corrector_steps=1, num_steps=1000,  # H.2
-        snr=0.01, control_snr=0.16, tolerance=1e-5, guidance=1.0,  # Table 5 (VP, VE); App. D.2
+        predictor="euler_maruyama", num_steps=1000,  # H.2
+        corrector="langevin", corrector_steps=1, snr=0.01,  # PC1000 of Tables 1 and 5; H.2: none
+        control_snr=0.16, tolerance=1e-5, guidance=1.0,  # Table 5 (VE); App. D.2; Eq. (49)
         image_size=(32, 32), channels=128, channel_mult=(1, 2, 2, 2), num_res_blocks=2,  # DDPM's
         attention_resolutions=(16,), dropout=0.1, dequantize=False,
         lr=2e-4, batch_size=128, steps=950_000, ema_decay=0.9999, flip=True,  # App. H
@@ -990,7 +996,10 @@ def parse_args(argv=None):
     parser = base_parser(__doc__.splitlines()[0], tasks)
 
     def auto(parse):
-        return lambda text: text if text == "auto" else parse(text)
+        def number_or_auto(text):
+            return text if text == "auto" else parse(text)
+
+        return number_or_auto
 
     add, positive = parser.add_argument, number(float, 1e-12)
     add("--sde", choices=("ve", "vp", "subvp"), default="vp", help="which SDE (Sec. 3.4)")
@@ -1003,14 +1012,15 @@ def parse_args(argv=None):
     add("--corrector", choices=CORRECTORS, help="after each step; ald: annealed Langevin dynamics")
     add("--corrector-steps", type=number(int, 1), help="of each of --num-steps (Alg. 1, M)")
     add("--num-steps", type=number(int, 1), help="N, steps of the predictor (Alg. 1)")
-    add("--snr", type=positive, help="r of the corrector (Table 5)")
+    add("--snr", type=positive, help="r of the corrector (Table 5), but see --control-snr")
     add("--control-snr", type=positive, help="r of tasks inpaint, colorize and class")
     add("--tolerance", type=number(float, 1e-10, 1), help="absolute and relative, of the ODE")
     add("--dequantize", action=argparse.BooleanOptionalAction,
         help="train on (v + u) / 256 with u uniform, as bits/dim is measured, not on v / 255")
-    add("--num-test", type=number(int, 2), help="test images to measure or to control")
+    add("--num-test", type=number(int, 2), help="test images whose bits/dim are measured")
     add("--classifier", help="checkpoint of task train-classifier; default: beside --checkpoint")
-    add("--classifier-steps", type=number(int, 1), help="--steps of task train-classifier")
+    add("--classifier-steps", type=number(int, 1),
+        help="training steps of task train-classifier, in place of --steps")
     add("--guidance", type=number(float, 0), help="of task class; 1: Bayes' rule (App. I.1)")
     parser.set_defaults(classes=0)  # what a classifier's checkpoint has instead
     args = read_args(parser, PRESETS, argv, methods=("sde", "ddpm"), variants=("sde",))
@@ -1019,8 +1029,8 @@ def parse_args(argv=None):
         if getattr(args, key) != parser.get_default(key):
             fail(f"--{key.replace('_', '-')}: the checkpoint has its own")
     if args.loaded and (args.classes > 0) != (args.resume and args.task == "train-classifier"):
-        fail("a classifier's checkpoint is for --resume --task train-classifier and --classifier, "
-             "a score network's for every other use")
+        fail("a classifier's checkpoint is for --classifier and for --resume --task "
+             "train-classifier --out ITS_FOLDER, a score network's for every other use")
     if args.task in ("train-classifier", "class") and not args.loaded:
         fail(f"--task {args.task} takes the --checkpoint of a score network")
     if args.task == "class" and not args.classifier:
@@ -1091,6 +1101,8 @@ def main(argv=None):
         data = (images,)
         if args.task == "train-classifier":
             data, args.classes = (images, labels), labels.max().item() + 1
+            if args.classes < 2:
+                raise ValueError(f"{args.dataset} has one class: a subfolder is a class")
         if args.sde == "ve" and args.sigma_max == "auto":
             few = torch.randperm(len(images), generator=torch.Generator().manual_seed(args.seed))
             few = few[:10_000] if len(few) > 60_000 else few  # as NCSNv2 does
@@ -1112,6 +1124,8 @@ def main(argv=None):
     if args.task in ("inpaint", "colorize", "class"):
         sampler["snr"] = args.control_snr
     by_ode = args.task == "sample" and args.predictor == "ode"
+    if args.predictor == "ode" and args.task in ("inpaint", "colorize", "class"):
+        raise ValueError(f"--task {args.task} goes in steps: give it a --predictor other than ode")
     pairs = [(args.predictor, args.corrector)]  # that the task takes
     if args.task == "samplers":  # all, but those that are not defined
         pairs = [(p, c) for p in PREDICTORS for c in CORRECTORS if not p == c == "none"]
@@ -1167,7 +1181,11 @@ def main(argv=None):
             calls.clear()
             states = None if record else record
             if by_ode:
-                return to_uint8(ode_sample(score, sde, prior(n), **tolerances, record=states)[0])
+                x_T = prior(n)
+                if states is not None:  # its stops are no evaluations of the samples
+                    ode_sample(score, sde, x_T[:8], **tolerances, record=states)
+                    calls.clear()
+                return to_uint8(ode_sample(score, sde, x_T, **tolerances)[0])
             return to_uint8(pc_sample(score, sde, prior(n), **sampler, record=states))
 
         save_grid(save_images(draw, args), Path(args.out, "samples.png"), columns=10)
@@ -1197,7 +1215,8 @@ def main(argv=None):
                 x_0 = pc_sample(score, sde, x_T, **options)
             rows.append(to_uint8(x_0))
             seconds = round(time.time() - start, 1)
-            table.append({"predictor": predictor, "corrector": corrector,
+            table.append({"predictor": predictor, "corrector": corrector, "snr": options["snr"],
+                          "corrector_steps": options["corrector_steps"],
                           "evaluations": len(calls), "seconds": seconds})
             line = "{predictor}, {corrector}: {evaluations} evaluations, {seconds} s"
             report(line.format(**table[-1]), last=True)
@@ -1223,7 +1242,8 @@ def main(argv=None):
         x_0 = to_float(test_images(args, 16)[0])
         x_0 = x_0[: len(x_0) // 2 * 2]
         z, z_prime = ode_encode(score, sde, x_0, **tolerances)[0].chunk(2)
-        angles = [k / 10 * math.pi / 2 for k in range(11)]  # on a circle through z and z_prime
+        # spherical (Fig. 6), as z and z_prime are nearly orthogonal and of one length
+        angles = [k / 10 * math.pi / 2 for k in range(11)]
         mixed = torch.stack([math.cos(a) * z + math.sin(a) * z_prime for a in angles], dim=1)
         parts = mixed.flatten(0, 1).split(args.sample_batch_size)  # of (8 * 11, C, H, W)
         x = torch.cat([ode_sample(score, sde, part, **tolerances)[0] for part in parts])
@@ -1267,7 +1287,7 @@ def main(argv=None):
     def accuracy():
         images, labels = test_images(args, 1000)
         x_0, labels, table = to_float(images), labels.to(device), []
-        for t in (1e-5, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7):  # Fig. 13
+        for t in (1e-5, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7):  # Fig. 13, there by sigma
             times = torch.full((len(x_0),), t, device=device)
             mean, std = sde.marginal(x_0, times)
             x = mean + expand(std, x_0) * torch.randn_like(x_0)

@@ -22,7 +22,8 @@ Measured results stand in README.md. Deviations from NCSN's training by sliced s
 2. The loss is divided by d: with gradient clipping the scale matters.
 3. EMA decay min(decay, (1 + n) / (10 + n)) after n steps: the initial weights leave early.
 4. Rademacher projections, SSM's default; NCSN's code draws Gaussian ones.
-5. On digits sigma falls from 3 to 0.1, not from 1 to 0.01, and the sequel's denoising ends the run.
+5. Images are not dequantised.
+6. On digits sigma falls from 3 to 0.1, not from 1 to 0.01, and the sequel's denoising ends the run.
 """
 
 import math
@@ -97,9 +98,12 @@ def noisy_score_matching(score, x, sigma, objective="ssm-vr", n_projections=1,
     """An objective, (B,), for the score of x (B, ...) with noise sigma z; of x itself at sigma 0.
 
     objective: "sm" Eq. (1); "ssm", "ssm-vr" Eq. (3) without and with reduced variance; "dsm"
-    Eq. (2), which needs noise. sigma: as of denoising_score_matching. ValueError: another one.
+    Eq. (2), which needs noise. sigma: as of denoising_score_matching. ValueError: another one, or
+    "dsm" at sigma 0.
     """
     if objective == "dsm":
+        if isinstance(sigma, (int, float)) and sigma <= 0:
+            raise ValueError(f"sigma is {sigma}: 'dsm' needs noise")
         return denoising_score_matching(score, x, sigma)
     x_tilde = x + sigma * torch.randn_like(x)  # where the score is differentiated
     if objective == "sm":
@@ -759,6 +763,11 @@ def parse_args(argv=None):
     add("--num-test", type=number(int, 1), help="test images of --task test")
     fixed = ("sigma_max", "sigma_min", "levels")
     args = read_args(parser, PRESETS, argv, fixed=fixed, variants=("objective", "levels"))
+    if args.loaded and (args.loaded["args"]["dataset"] in TOYS) != (args.dataset in TOYS):
+        fail(f"--dataset {args.dataset}: the checkpoint's is {args.loaded['args']['dataset']}, and "
+             "points have another network than images")
+    if args.dataset in TOYS and args.flip:
+        fail("--flip mirrors images, not points")
     if args.dataset in TOYS and (args.task != "sample" or args.levels > 1):
         fail(f"--dataset {args.dataset} takes --task sample and --levels 1")
     if args.levels > 1 and args.data_noise > 0:
@@ -767,8 +776,10 @@ def parse_args(argv=None):
         fail("--task test is for noise levels, and --levels 1 has none")
     if args.levels == 1 and args.objective == "dsm" and not args.data_noise:
         fail("--objective dsm needs noise: with --levels 1 add --data-noise 0.01")
-    if args.compile and not args.checkpoint and args.objective != "dsm":
-        fail(f"--objective {args.objective} differentiates twice, which --compile cannot")
+    twice = not args.checkpoint and args.objective != "dsm"
+    if args.compile and (twice or args.task == "cost"):
+        what = f"--objective {args.objective}" if twice else "--task cost"
+        fail(f"{what} differentiates twice, which --compile cannot")
     return args
 
 
@@ -782,7 +793,7 @@ def histogram(x, title, extent=10):
     """Points (N, 2) in a square of [-extent, extent]^2, y upwards, as an image (1, 324, 324)."""
     edges = np.linspace(-extent, extent, 82)
     counts = np.histogram2d(x[:, 1].cpu().numpy(), x[:, 0].cpu().numpy(), (edges, edges))[0][::-1]
-    shade = 255 * (1 - np.sqrt(counts / counts.max()))
+    shade = 255 * (1 - np.sqrt(counts / max(1, counts.max())))
     picture = Image.fromarray(shade.astype(np.uint8)).resize((324, 324), Image.Resampling.NEAREST)
     ImageDraw.Draw(picture).text((6, 6), title, fill=0)
     return pil_to_tensor(picture)
@@ -858,7 +869,7 @@ def main(argv=None):
                 loss = noise_conditional_loss(score, x, sigmas, *options)
             else:
                 loss = noisy_score_matching(one_level, x, args.data_noise, *options).mean()
-                loss = args.sigma_min**2 * loss
+                loss = args.sigma_min**2 * loss  # Eq. (6)'s weight
         return loss / x[0].numel()
 
     def sample():

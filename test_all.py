@@ -975,6 +975,10 @@ def test_infilling_gives_the_conditional():
 
     filled = d3pm.infill(spy, x, known, d3pm.CategoricalDiffusion(4, 10, "absorbing", mask=3))
     assert seen == list(range(9, 0, -1)) and torch.equal(filled[:, 7], x[:, 7])
+    seen.clear()
+    known = torch.arange(40) < 20  # of 1000 steps exactly 500 mask half of them
+    d3pm.infill(spy, x, known, d3pm.CategoricalDiffusion(4, 1000, "absorbing", mask=3))
+    assert seen == list(range(500, 0, -1))
 
 
 def test_random_terms_are_the_bound_on_average():
@@ -1069,6 +1073,9 @@ def test_skipped_steps_are_the_same_process(transition):
     within(bits.mean(), entropy(DATA), bits.std() / math.sqrt(n) + 1e-6)
     x = d3pm.d3pm_sample(stepped, short.prior_sample((5, 1)), short)
     assert seen == tau[::-1] and x.shape == (5, 1)
+    beta = torch.tensor([0, 0.1, 1.0, 0.1, 0.5])  # after a step that forgets everything
+    _, short = d3pm.skip_steps(None, d3pm.CategoricalDiffusion(3, 4, transition, beta), [2, 3, 4])
+    torch.testing.assert_close(short.beta, torch.tensor([0, 1.0, 0.1, 0.5]).double())
 
 
 @pytest.mark.parametrize("K", [2, 8, 256])
@@ -1717,6 +1724,7 @@ def test_unet_names_the_multiple():
         lambda x: sliced_sm.sliced_score_matching(torch.sin, x, 0),
         lambda x: sliced_sm.sliced_score_matching(torch.sin, x, 1, "uniform"),
         lambda x: sliced_sm.noisy_score_matching(torch.sin, x, 0.1, "mle"),
+        lambda x: sliced_sm.noisy_score_matching(torch.sin, x, 0.0, "dsm"),
     ],
 )
 def test_unknown_options_of_sliced_sm_are_value_errors(wrong):
@@ -1747,6 +1755,16 @@ def test_extreme_logits_give_no_nan(transition, size):
     certain = torch.where(torch.arange(K) == K - 1, 0.0, -math.inf).expand(60, 3, K)
     x = d3pm.d3pm_sample(lambda x_t, t: certain, diffusion.prior_sample((60, 3)), diffusion)
     assert (x == K - 1).all()
+
+
+@pytest.mark.parametrize("transition", TRANSITIONS)
+def test_x_may_be_a_row_of_states(transition):
+    diffusion, t = d3pm.CategoricalDiffusion(16, 5, transition), torch.tensor([1, 3, 5])
+    x_0, probs = torch.tensor([2, 7, 15]), torch.rand(3, 16)
+    x_t = diffusion.q_sample(x_0, t)
+    assert x_t.shape == (3,) and diffusion.q_probs(x_0, t).shape == (3, 16)
+    column = diffusion.posterior(probs[:, None], x_t[:, None], t)[:, 0]
+    torch.testing.assert_close(diffusion.posterior(probs, x_t, t), column)
 
 
 @pytest.mark.parametrize("transition", TRANSITIONS)
@@ -2597,6 +2615,9 @@ def test_the_arrows_point_along_the_score():
         ("--levels 1 --task test", "--task test"),
         ("--levels 1 --objective dsm", "needs noise"),
         ("--compile", "differentiates twice, which --compile cannot"),
+        ("--objective dsm --task cost --compile", "cost differentiates twice"),
+        ("--dataset gmm --flip", "mirrors images, not points"),
+        ("--checkpoint good/checkpoint.pt --dataset gmm", "points have another network"),
         ("--objective mle", "invalid choice: 'mle'"),
         ("--projection uniform", "invalid choice"),
         ("--num-projections 0", "--num-projections"),
@@ -2774,6 +2795,7 @@ def test_multinomial_settings(folder, capsys):
         ("--dataset book.txt --length 400", "needs 16000"),
         ("--dataset latin.txt", "latin.txt is no UTF-8 text"),
         ("--dataset nowhere.txt", "no data set nowhere.txt"),
+        ("--dataset book.txt --flip", "mirrors images, not text"),
     ],
 )
 def test_mistakes_of_d3pm_end_in_one_line(folder, capsys, words, match):
@@ -2787,7 +2809,8 @@ def test_a_checkpoint_keeps_what_was_trained(folder, capsys):
     Path("book.txt").write_text(BOOK)
     run("--dataset", "book.txt", "--out", "run", module=d3pm)
     for words, match in (("--width 16", "trained with 8"), ("--transition uniform", "absorbing"),
-                         ("--length 8", "trained with 16")):
+                         ("--length 8", "trained with 16"),
+                         ("--dataset digits", "checkpoint is of text")):
         with pytest.raises(SystemExit):
             d3pm.main(["--checkpoint", "run/checkpoint.pt", *words.split()])
         assert match in capsys.readouterr().err
@@ -2841,7 +2864,8 @@ def test_sde_default_run_and_every_task(good_sde, folder):
     assert drawn["n"] == 20 and len(list(Path("run/class/images").iterdir())) == 20
     assert Image.open("run/class/classes.png").size == (2 * 50 + 2, 10 * 50 + 2)
     sde.main("--checkpoint run/checkpoint.pt --predictor ode --out run/ode".split())
-    assert json.loads(Path("run/ode/results.json").read_text())["sample"]["rtol"] == 0.1
+    by_ode = json.loads(Path("run/ode/results.json").read_text())["sample"]
+    assert by_ode["rtol"] == 0.1 and by_ode["evaluations"] < 6 * 15  # without those of the record
     assert Image.open("run/ode/process.png").size == (16 * 50 + 2, 3 * 50 + 2)
 
 
@@ -2921,7 +2945,7 @@ def test_classifiers_and_score_networks_are_not_mixed_up(folder, capsys):
         (f"--checkpoint {checkpoint} --task class --classifier {checkpoint}", "is no classifier"),
         ("--task class", "takes the --checkpoint"),
         ("--task train-classifier", "takes the --checkpoint"),
-        (f"--checkpoint {checkpoint} --task class --predictor ode --out x", "predictor is 'ode'"),
+        (f"--checkpoint {checkpoint} --task class --predictor ode --out x", "other than ode"),
         (f"--checkpoint other/checkpoint.pt --task class --classifier {classifier}",
          "trained with another sde"),
     ):
@@ -2940,6 +2964,7 @@ def test_classifiers_and_score_networks_are_not_mixed_up(folder, capsys):
     ("words", "match"),
     [
         ("--num-steps 4", "N = 4 steps are too few"),
+        ("--checkpoint good/checkpoint.pt --task inpaint --predictor ode", "other than ode"),
         ("--predictor none --corrector none", "nothing would move"),
         ("--sde subvp --predictor ancestral", "not defined for the sub-VP"),
         ("--predictor heun", "invalid choice: 'heun'"),
