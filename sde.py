@@ -971,11 +971,11 @@ PRESETS.update(
     folder=PRESETS["cifar10"] | dict(sigma_max="auto", flip=False),
     # Digits are not in the paper: these are ours, sized for minutes on a laptop, an hour on a GPU.
     digits=PRESETS["cifar10"] | dict(
-        sigma_max="auto", num_steps=400, snr=0.35, control_snr=0.25, image_size=(16, 16),
-        channels=16, channel_mult=(1, 2, 4), num_res_blocks=1, attention_resolutions=(8,),
-        dropout=0.0, dequantize=True, lr=8e-3, batch_size=64, steps=3200, warmup=500, lr_decay=1.2,
-        flip=False, classifier_steps=2000, guidance=3.0, num_samples=60, num_test=16,
-        save_every=500,
+        sigma_max="auto", num_steps=400, corrector_steps=2, snr=0.35, control_snr=0.25,
+        image_size=(16, 16), channels=16, channel_mult=(1, 2, 4), num_res_blocks=1,
+        attention_resolutions=(8,), dropout=0.0, dequantize=True, lr=8e-3, batch_size=64,
+        steps=3200, warmup=500, lr_decay=1.2, flip=False, classifier_steps=2000, guidance=3.0,
+        num_samples=60, num_test=16, save_every=500,
     ),
     mnist=PRESETS["cifar10"] | dict(
         sigma_max="auto", image_size=(28, 28), channels=64, channel_mult=(1, 2, 2),

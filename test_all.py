@@ -51,7 +51,8 @@ FEWER = {  # what one script alone has, and other values
     "ddim": ["--T", "20", "--num-steps", "5"],
     "ncsn": ["--T", "2", "--levels", "4"],
     "sliced_sm": ["--T", "2", "--levels", "4"],
-    "sde": "--beta-max 4 --num-steps 6 --tolerance 0.1 --classifier-steps 3".split(),
+    "sde": "--beta-max 4 --num-steps 6 --corrector-steps 1 --tolerance 0.1 "
+           "--classifier-steps 3".split(),
     "d3pm": "--T 20 --layers 1 --width 8 --heads 2 --length 16".split(),
 }
 
