@@ -22,8 +22,8 @@ Measured results stand in README.md. Deviations from the paper and the released 
    classifier is its first half; the paper's is a Wide ResNet.
 2. N + 1 even times lead from 1 to eps; a step's beta_i is beta(t_i) times its length. The released
    code corrects first, and takes 1 / N for steps of another length.
-3. Inpainting ends with the denoised mean of all pixels; the released code leaves the noise.
-4. The ODE solver controls the error of every image by itself, not of the whole batch.
+3. Inpainting ends with the denoised mean of all pixels, the ODE without one; released: vice versa.
+4. The ODE's error is controlled image by image; VE's loss is a mean over d, not half a sum.
 5. The correctors' alpha_i is 1 - beta_i, as released, not Sec. 2.2's product; so for sub-VP, too.
 6. A network of ddpm.py is read with beta_min = T beta_1, beta_max = T beta_T, for t from 1 / T.
 """
