@@ -860,7 +860,7 @@ PRESETS.update(
         dropout=0.0, lr=8e-3, batch_size=64, steps=3400, flip=False, warmup=500, lr_decay=1.2,
         num_samples=64, num_test=50, save_every=500,
     ),
-    mnist=PRESETS["cifar10"] | dict(
+    mnist=PRESETS["cifar10"] | dict(  # ours
         image_size=(28, 28), channels=64, channel_mult=(1, 2, 2), attention_resolutions=(14,),
         steps=50_000, flip=False, warmup=1000,
     ),
