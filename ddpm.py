@@ -726,7 +726,7 @@ PRESETS.update(
         attention_resolutions=(), dropout=0.0, lr=1e-2, batch_size=128, steps=2000, flip=False,
         warmup=250, lr_decay=1.2, num_samples=64, num_test=16, log_every=100, save_every=500,
         beta_T=0.012,  # few pixels: less noise hides them, and more of the steps shape the digit
-        variance="small",  # nearly every pixel is black or white
+        variance="small",  # four of five pixels are black
     ),
     mnist=PRESETS["cifar10"] | dict(
         image_size=(28, 28), channels=64, channel_mult=(1, 2, 2), attention_resolutions=(14,),

@@ -3168,6 +3168,13 @@ def test_every_documented_command_parses(monkeypatch):
             module.parse_args(words)
 
 
+def test_ddim_trains_as_ddpm_does():
+    for dataset, theirs in ddpm.PRESETS.items():
+        shared = theirs.keys() - {"variance", "num_test"}  # not of the training
+        ours = ddim.PRESETS[dataset]
+        assert {key: ours.get(key) for key in shared} == {key: theirs[key] for key in shared}
+
+
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_presets_have_flags_and_help_prints_them(name, capsys):
     module = SCRIPTS[name]
