@@ -726,7 +726,7 @@ PRESETS.update(
         attention_resolutions=(), dropout=0.0, lr=1.2e-2, batch_size=128, steps=2200, flip=False,
         warmup=900, lr_decay=3.0, num_samples=64, num_test=16, log_every=100, save_every=500,
         # Few pixels: the paper's first steps hide nothing, its last ones have nothing left to hide.
-        T=250, beta_1=0.008, beta_T=0.04,  # samples as good as with 1000 steps of a quarter of beta
+        T=250, beta_1=0.008, beta_T=0.04,  # as much noise as 1000 steps of a quarter of beta
         variance="small",  # four of five pixels are black
     ),
     mnist=PRESETS["cifar10"] | dict(

@@ -4,7 +4,7 @@ Layer for layer the network that the authors released: the defaults are their CI
 35,746,307 parameters, whose published weights could be copied in.
 
     net = UNet()                                                        # CIFAR-10, 3 x 32 x 32
-    net = UNet(1, 1, channels=32, channel_mult=(1, 2, 2), image_size=16)    # the bundled digits
+    net = UNet(1, 1, channels=32, channel_mult=(1, 2, 2), image_size=16)    # small and grey
     eps = net(x, t)              # x (B, 3, H, W), t (B,) -> (B, 3, H, W)
 
 What the released code does and the paper does not say:
