@@ -25,7 +25,8 @@ Measured results stand in README.md. Deviations from the paper and the released 
 3. Inpainting ends with the denoised mean of all pixels, the ODE without one; released: vice versa.
 4. The ODE's error is controlled image by image; VE's loss is a mean over d, not half a sum.
 5. The correctors' alpha_i is 1 - beta_i, as released, not Sec. 2.2's product; so for sub-VP, too.
-6. A network of ddpm.py is read with beta_min = T beta_1, beta_max = T beta_T, for t from 1 / T.
+6. A network of ddpm.py is read with beta_min = T beta_1, beta_max = T beta_T, for t from 1 / T,
+   where its ODE's samples are denoised.
 """
 
 import math
@@ -253,12 +254,16 @@ def pc_sample(score, sde, x_T, N=1000, predictor="reverse_diffusion", corrector=
             x = correct(score, sde, x, times[i - 1], dt, corrector, snr)  # Alg. 1, line 5
             x = constrain(x, times[i - 1])
     if denoise:
-        factor, std = sde.marginal(torch.ones_like(x), times[0])
-        s = score(x, times[0].to(x.dtype))
-        x = (x + expand(std**2, x) * s) / factor  # Tweedie's formula, App. G
+        x = posterior_mean(score, sde, x, times[0])
     if record is not None:
         record.append(x)
     return x
+
+
+def posterior_mean(score, sde, x, t):
+    """E[x_0 | x(t) = x], x without the noise that is left at t (B,)."""
+    factor, std = sde.marginal(torch.ones_like(x), t)
+    return (x + expand(std**2, x) * score(x, t.to(x.dtype))) / factor  # Tweedie's formula, App. G
 
 
 def record_steps(T):
@@ -1174,6 +1179,12 @@ def main(argv=None):
     def prior(n):
         return sde.prior((n, args.image_channels, *args.image_size), device)
 
+    def flow(x_T):
+        x, _ = ode_sample(score, sde, x_T, **tolerances)
+        if of_ddpm:  # as the last step of its own chain: at t = 1 / T the noise can be seen
+            x = posterior_mean(score, sde, x, torch.full((len(x),), sde.eps, device=device))
+        return x
+
     def sample():
         record = []
 
@@ -1185,7 +1196,7 @@ def main(argv=None):
                 if states is not None:  # its stops are no evaluations of the samples
                     ode_sample(score, sde, x_T[:8], **tolerances, record=states)
                     calls.clear()
-                return to_uint8(ode_sample(score, sde, x_T, **tolerances)[0])
+                return to_uint8(flow(x_T))
             return to_uint8(pc_sample(score, sde, prior(n), **sampler, record=states))
 
         save_grid(save_images(draw, args), Path(args.out, "samples.png"), columns=10)
@@ -1210,7 +1221,7 @@ def main(argv=None):
             if predictor == "none":  # Table 1, C2000, and Table 5
                 options |= {"corrector_steps": 2, "snr": 0.22 if args.sde == "ve" else 0.27}
             if predictor == "ode":
-                x_0, _ = ode_sample(score, sde, x_T, **tolerances)
+                x_0 = flow(x_T)
             else:
                 x_0 = pc_sample(score, sde, x_T, **options)
             rows.append(to_uint8(x_0))

@@ -2888,7 +2888,7 @@ def test_other_sdes_train_and_sample(folder, name):
 def test_sde_feeds_the_network_and_the_classifier_their_times(folder, good_sde, good_run,
                                                              monkeypatch):
     shutil.copytree(good_sde, "sde")
-    shutil.copytree(good_run, "ddpm")  # T = 20, beta from 1e-4 to 0.02
+    shutil.copytree(good_run, "ddpm")  # T = 20, beta from 0.008 to 0.04
     seen, forward = [], UNet.forward
 
     def spy(net, x, t):
@@ -2910,6 +2910,26 @@ def test_sde_feeds_the_network_and_the_classifier_their_times(folder, good_sde, 
     for task in ("samplers", "interpolate", "inpaint"):
         words = f"--task {task} --num-steps 2 --tolerance 0.1 --sample-batch-size 99"
         sde.main(["--checkpoint", "ddpm/checkpoint.pt", *words.split()])
+
+
+@pytest.mark.parametrize("name", ["sde", "ddpm"])
+def test_samples_of_the_ode_are_denoised_only_for_a_network_of_ddpm(folder, good_sde, good_run,
+                                                                   name, monkeypatch):
+    """Where the solver ends at 0.5 and the network says that the noise there is 1 everywhere."""
+    shutil.copytree(good_sde if name == "sde" else good_run, "run")  # ddpm: T = 20, as above
+    monkeypatch.setattr(UNet, "forward", lambda net, x, t: torch.ones_like(x))
+
+    def solver(score, process, x_T, rtol, atol, record=None):
+        if record is not None:
+            record += 16 * [x_T]
+        return x_T * 0 + 0.5, 1
+
+    monkeypatch.setattr(sde, "ode_sample", solver)
+    sde.main("--checkpoint run/checkpoint.pt --predictor ode --out run/ode".split())
+    square = math.exp(-0.05 * 20 * 0.008 - 0.5 * 0.05**2 * 20 * 0.032)  # of x_0's factor
+    x = 0.5 if name == "sde" else (0.5 - (1 - square) ** 0.5) / square**0.5
+    pixels = np.unique(np.array(Image.open("run/ode/images/000000.png")))
+    assert pixels.tolist() == [int((x + 1) * 128)]
 
 
 def test_the_score_is_minus_the_noise_by_its_deviation(folder, good_sde, monkeypatch):
