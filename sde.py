@@ -212,6 +212,12 @@ def correct(score, sde, x, t, dt, corrector, snr):
     return x + expand(step, x) * g + expand((2 * step).sqrt(), x) * z  # Alg. 4, 5, line 7
 
 
+def posterior_mean(score, sde, x, t):
+    """E[x_0 | x(t) = x], x without the noise that is left at t (B,)."""
+    factor, std = sde.marginal(torch.ones_like(x), t)
+    return (x + expand(std**2, x) * score(x, t.to(x.dtype))) / factor  # Tweedie's formula, App. G
+
+
 def check_sampler(sde, N, predictor, corrector):
     """ValueError for a sampler that is unknown, or that the paper does not define."""
     if predictor not in PREDICTORS:
@@ -258,12 +264,6 @@ def pc_sample(score, sde, x_T, N=1000, predictor="reverse_diffusion", corrector=
     if record is not None:
         record.append(x)
     return x
-
-
-def posterior_mean(score, sde, x, t):
-    """E[x_0 | x(t) = x], x without the noise that is left at t (B,)."""
-    factor, std = sde.marginal(torch.ones_like(x), t)
-    return (x + expand(std**2, x) * score(x, t.to(x.dtype))) / factor  # Tweedie's formula, App. G
 
 
 def record_steps(T):
