@@ -78,10 +78,15 @@ def expand(a, x):
     return a.to(x.dtype).view(-1, *[1] * (x.dim() - 1))
 
 
+def rows(Q, x):
+    """Row x of each matrix, (B, ..., K): one-hot x times Q, exactly; Q (B, K, K), x (B, ...)."""
+    return Q[expand(torch.arange(len(Q), device=x.device), x), x]
+
+
 def categorical(probs):
     """One state (...) int64 from each row of probs (..., K) >= 0, which need not sum to 1."""
     # of K alarm clocks with these rates, which one rings first: exact; multinomial waits for a GPU
-    return (probs / torch.empty_like(probs).exponential_()).argmax(-1)
+    return (probs / torch.empty_like(probs).exponential_().clamp(min=1e-30)).argmax(-1)
 
 
 class CategoricalDiffusion:
@@ -155,24 +160,26 @@ class CategoricalDiffusion:
         """x_0_probs Q_bar_t, like x_0_probs (B, ..., K); t (B,) in 0..T."""
         if self.transition == "gaussian":
             Q_bar = self.products[t].to(x_0_probs.dtype)  # (B, K, K)
-            rows = x_0_probs.reshape(len(Q_bar), -1, self.K)
-            return (rows @ Q_bar).view_as(x_0_probs)  # Eq. (3)
+            flat = x_0_probs.reshape(len(Q_bar), -1, self.K)
+            return (flat @ Q_bar).view_as(x_0_probs)  # Eq. (3)
         alpha_bar = self.alpha_bar[t]
         stay, jump = expand(alpha_bar, x_0_probs), expand(1 - alpha_bar, x_0_probs)
         return stay * x_0_probs + jump * self.prior.to(x_0_probs.dtype)  # Eq. (3)
 
     def likelihood(self, x_t, t, dtype):
         """x_t Q_t^T (B, ..., K): q(x_t | x_{t-1}) of every x_{t-1}; t (B,) in 1..T."""
-        here = F.one_hot(x_t, self.K).to(dtype)
         if self.transition == "gaussian":
-            Q = self.matrices[t].to(dtype)  # (B, K, K), symmetric
-            return (here.view(len(Q), -1, self.K) @ Q).view_as(here)
+            return rows(self.matrices[t].to(dtype), x_t)  # Q is symmetric
+        here = F.one_hot(x_t, self.K).to(dtype)
         stay, jump = expand(1 - self.beta[t], here), expand(self.beta[t], here)
         return stay * here + jump * self.prior.to(dtype)[x_t].unsqueeze(-1)
 
     def q_probs(self, x_0, t, dtype=None):
         """q(x_t | x_0) (B, ..., K), Eq. (3), in the tables' precision or in dtype; t in 0..T."""
-        return self.marginal(F.one_hot(x_0, self.K).to(dtype or self.beta.dtype), t)
+        dtype = dtype or self.beta.dtype
+        if self.transition == "gaussian":
+            return rows(self.products[t].to(dtype), x_0)  # Eq. (3)
+        return self.marginal(F.one_hot(x_0, self.K).to(dtype), t)
 
     def q_sample(self, x_0, t):
         """x_t ~ q(x_t | x_0), like x_0 (B, ...) int64; t (B,) in 0..T."""
@@ -195,7 +202,15 @@ class CategoricalDiffusion:
         probabilities (not of posteriors, each of its own norm) is the same formula.
         Where x_t cannot come from x_0 it is uniform: finite always.
         """
-        product = self.likelihood(x_t, t, x_0_probs.dtype) * self.marginal(x_0_probs, t - 1)
+        return self.bayes(self.marginal(x_0_probs, t - 1), x_t, t)  # Eq. (4)
+
+    def q_posterior(self, x_0, x_t, t, dtype):
+        """q(x_{t-1} | x_t, x_0) (B, ..., K) in dtype: posterior with one-hot x_0, in less work."""
+        return self.bayes(self.q_probs(x_0, t - 1, dtype), x_t, t)  # Eq. (3)
+
+    def bayes(self, probs, x_t, t):
+        """Probabilities of x_{t-1} given x_t from those before x_t was seen, both (B, ..., K)."""
+        product = self.likelihood(x_t, t, probs.dtype) * probs
         product = product + 1e-30  # far below every probability that matters
         return product / product.sum(-1, keepdim=True)  # Eq. (3), (4)
 
@@ -207,7 +222,7 @@ def bound_terms(log_p_0, x_0, x_t, t, diffusion):
     it is L_0, where both papers let p(x_0 | x_1) be the prediction itself.
     """
     cross_entropy = -log_p_0.gather(-1, x_0[..., None]).squeeze(-1)
-    q = diffusion.posterior(F.one_hot(x_0, diffusion.K).to(log_p_0.dtype), x_t, t)  # Eq. (3)
+    q = diffusion.q_posterior(x_0, x_t, t, log_p_0.dtype)  # Eq. (3)
     p = diffusion.posterior(log_p_0.exp(), x_t, t)  # Eq. (4)
     divergence = (q * (q.log() - p.log())).sum(-1)
     return torch.where(expand(t, x_0) == 1, cross_entropy, divergence), cross_entropy  # Eq. (1)
@@ -346,6 +361,7 @@ import copy
 import datetime
 import json
 import os
+import re
 import signal
 import sys
 import time
@@ -364,7 +380,8 @@ from torchvision.utils import make_grid
 from unet import UNet
 
 SCRIPT = Path(__file__).stem
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun's
+WORLD = int(os.environ.get("WORLD_SIZE", 1))  # torchrun's, 1 without it
+RANK, LOCAL_RANK = (int(os.environ.get(k, 0)) * (WORLD > 1) for k in ("RANK", "LOCAL_RANK"))
 IMAGE_TYPES = {".jpg", ".jpeg", ".png", ".webp"}
 DATASETS = {  # torchvision's class, and where it looks for its files below --data-dir
     "mnist": (torchvision.datasets.MNIST, "MNIST/raw/*-ubyte"),
@@ -387,9 +404,11 @@ def one_line_errors():
     except (ValueError, OSError) as error:
         fail(error)
     except RuntimeError as error:
-        if "allocate" not in str(error):
-            raise
-        fail("the memory is full: lower --batch-size, --sample-batch-size or --channels")
+        if re.search("allocate|out of memory|ALLOC_FAILED", str(error)):
+            fail("the memory is full: lower --batch-size, --sample-batch-size or --channels")
+        if re.search("compiler", str(error), re.IGNORECASE):
+            fail("--compile needs a C++ compiler (g++ or clang): install one or leave it out")
+        raise
     except KeyboardInterrupt:
         sys.exit(130)
 
@@ -490,8 +509,8 @@ def setup(args):
     if name == "auto":
         mps = "mps" if torch.backends.mps.is_available() else "cpu"
         name = "cuda" if torch.cuda.is_available() else mps
-    if name == "cuda" and WORLD > 1:
-        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    if name == "cuda":
+        name = f"cuda:{LOCAL_RANK}"
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).item()
@@ -509,7 +528,9 @@ def setup(args):
         raise ValueError(f"{out} is not empty: {resume}name another folder with --out")
     out.mkdir(parents=True, exist_ok=True)
     if WORLD > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        gpu = {"backend": "nccl", "device_id": device} if device.type == "cuda" else {}
+        patience = datetime.timedelta(hours=2)  # of the others, while the first one downloads
+        dist.init_process_group(**gpu or {"backend": "gloo"}, timeout=patience)
     torch.manual_seed(args.seed + RANK)  # every process draws its own batches and noise
     return device
 
@@ -613,7 +634,8 @@ def build_unet(args, in_channels, out_channels, device):
 
 
 def call(net, args, *inputs):
-    """net(*inputs) as float32; with --bf16 the inside of the network runs in bfloat16."""
+    """net(*inputs) as float32; with --bf16 the inside of the network runs in bfloat16, but for what
+    is measured: a task that measures sets args.bf16 to False."""
     with torch.autocast(inputs[0].device.type, torch.bfloat16, enabled=args.bf16):
         return net(*inputs).float()
 
@@ -674,12 +696,12 @@ def fit(model, loss_fn, data, args):
         raise ValueError(f"--batch-size {args.batch_size} is not a multiple of {WORLD} processes")
     device, log = next(model.parameters()).device, Path(args.out, "log.jsonl")
     data, weights = [part.to(device) for part in data], list(model.parameters())
-    optimizer = torch.optim.Adam(weights, args.lr, fused=device.type != "mps")
-    step, skipped, losses = 0, 0, []
+    optimizer = torch.optim.Adam(weights, args.lr, fused=True)
+    step, running = 0, torch.zeros(2, device=device)  # sum and number of the finite losses
     if args.resume:
         model.load_state_dict(args.loaded["model"])
         optimizer.load_state_dict(args.loaded["optimizer"])
-        step, skipped, losses = (args.loaded[key] for key in ("step", "skipped", "losses"))
+        step, running = args.loaded["step"], args.loaded["running"].to(device)
         if step > args.steps:
             raise ValueError(f"--steps {args.steps}: the checkpoint has done {step} already")
     loss_module = Loss(model, loss_fn)
@@ -698,7 +720,7 @@ def fit(model, loss_fn, data, args):
             log.write_text("".join(f"{x}\n" for x in lines if json.loads(x)["step"] <= step))
 
     model.train()
-    signals, stopped, bad, seen, since = [], 0, 0, step, time.time()
+    signals, stopped, seen, since = [], False, step, time.time()
     stops = (signal.SIGINT, signal.SIGTERM)
     handlers = [signal.signal(stop, lambda number, _: signals.append(number)) for stop in stops]
     while step < args.steps and not stopped:
@@ -716,25 +738,34 @@ def fit(model, loss_fn, data, args):
         loss = loss_module(*batch)
         loss.backward()
         norm = nn.utils.clip_grad_norm_(weights, args.grad_clip or math.inf)
-        status = torch.stack([loss.detach(), norm, torch.full_like(norm, len(signals))])
+        loss = loss.detach()
         if WORLD > 1:
-            dist.all_reduce(status)  # so that all processes decide alike
-        loss, norm, stopped = (status / WORLD).tolist()  # the one synchronisation of the step
-        if math.isfinite(loss) and math.isfinite(norm):
-            optimizer.step()
-            decay = min(args.ema_decay, (1 + step) / (10 + step))
-            with torch.no_grad():
-                torch._foreach_lerp_(list(ema.parameters()), weights, 1 - decay)
-            losses.append(loss)
-            bad = 0
-        else:  # the step touches neither weights nor EMA
-            skipped, bad = skipped + 1, bad + 1
-            if bad == 10:
-                fail(f"no finite loss and gradient in the 10 steps to {step}: lower --lr; the last "
-                     f"checkpoint in {args.out}, if any, is from before")
-        if RANK == 0 and (step == 1 or step % args.log_every == 0):
-            mean = sum(losses) / len(losses) if losses else math.nan
-            line = {"step": step, "loss": mean, "grad_norm": norm, "lr": lr, "skipped": skipped}
+            dist.all_reduce(loss)
+            loss = loss / WORLD
+        finite = loss.isfinite() & norm.isfinite()  # a tensor: who looks at it waits for the GPU
+        optimizer.found_inf = 1 - finite.float()  # where it is 1, the fused Adam leaves all alone
+        optimizer.step()
+        decay = min(args.ema_decay, (1 + step) / (10 + step))
+        with torch.no_grad():
+            torch._foreach_lerp_(list(ema.parameters()), weights, 1 - decay)
+        running += torch.where(finite, torch.stack([loss, torch.ones_like(loss)]), 0.0)
+        log_now = step == 1 or step % args.log_every == 0
+        stopped = bool(signals)
+        if WORLD > 1 and log_now:  # all processes decide alike
+            status = torch.tensor(float(stopped), device=device)
+            dist.all_reduce(status)
+            stopped = status.item() > 0
+        elif WORLD > 1:
+            stopped = False
+        if log_now:
+            (total, count), norm = running.tolist(), norm.item()
+            running.zero_()
+            if count == 0 and step > 1:
+                fail(f"no finite loss and gradient in the {args.log_every} steps to {step}: lower "
+                     f"--lr; the last checkpoint in {args.out}, if any, is from before")
+        if RANK == 0 and log_now:
+            mean = total / count if count else math.nan
+            line = {"step": step, "loss": mean, "grad_norm": norm, "lr": lr}
             line = {key: value if math.isfinite(value) else None for key, value in line.items()}
             with open(log, "a") as file:
                 file.write(json.dumps(line) + "\n")
@@ -742,11 +773,11 @@ def fit(model, loss_fn, data, args):
             left = datetime.timedelta(seconds=round(pace * (args.steps - step)))
             report(f"step {step} of {args.steps}: loss {mean:.4f}, "
                    f"{args.batch_size / pace:.0f} examples/s, {left} left")
-            losses, seen, since = [], step, time.time()
+            seen, since = step, time.time()
         if RANK == 0 and (step % args.save_every == 0 or step == args.steps or stopped):
             skip = ("loaded", "task", "out", "checkpoint", "resume", "device", "compile")
             state = {
-                "method": SCRIPT, "step": step, "skipped": skipped, "losses": losses,
+                "method": SCRIPT, "step": step, "running": running,
                 "args": {key: value for key, value in vars(args).items() if key not in skip},
                 "model": model.state_dict(), "ema": ema.state_dict(),
                 "optimizer": optimizer.state_dict(), "rng": torch.get_rng_state(),
@@ -833,7 +864,6 @@ def run(args, tasks, net, loss_fn, data, also=(), **settings):
 
 # ---- The run -------------------------------------------------------------------------------------
 
-import re
 import urllib.request
 
 from unet import time_embedding
@@ -1002,6 +1032,7 @@ class Transformer(nn.Module):
 
 def build_transformer(args, device):
     """As build_unet: with --checkpoint it has that file's EMA weights and is in eval mode."""
+    torch.backends.mha.set_fastpath_enabled(False)  # whose GELU is another one on CUDA
     net = Transformer(args.length, args.width, args.layers, args.heads, args.dropout)
     if args.checkpoint:
         net.eval().requires_grad_(False).load_state_dict(args.loaded["ema"])
@@ -1110,6 +1141,7 @@ def main(argv=None):
         return {"n": args.num_samples, "final_mode": args.final_mode, "evaluations": steps}
 
     def bpd():
+        args.bf16 = False
         batches = test_states(args.num_test).split(args.sample_batch_size)
         parts = [bits_per_dim(stepped, x_0, process) for x_0 in batches]
         bits = {key: torch.cat([part[key] for part in parts]).cpu() for key in parts[0]}

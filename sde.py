@@ -380,8 +380,8 @@ def log_likelihood(score, sde, x_0, rtol=1e-5, atol=1e-5, probe="rademacher", t_
             x = y[:, :-1].reshape(x_0.shape).requires_grad_()
             dx = drift(x, t)
             divergence = 0
-            for v in probes.to(x.dtype):  # Eq. (40)
-                (vJ,) = torch.autograd.grad((v * dx).sum(), x, retain_graph=True)
+            for i, v in enumerate(probes.to(x.dtype), 1):  # Eq. (40)
+                (vJ,) = torch.autograd.grad((v * dx).sum(), x, retain_graph=i < len(probes))
                 divergence = divergence + (v * vJ).flatten(1).sum(1)
         return torch.cat([dx.detach().flatten(1), divergence[:, None]], dim=1)
 
@@ -469,6 +469,7 @@ import copy
 import datetime
 import json
 import os
+import re
 import signal
 import sys
 import time
@@ -487,7 +488,8 @@ from torchvision.utils import make_grid
 from unet import UNet
 
 SCRIPT = Path(__file__).stem
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun's
+WORLD = int(os.environ.get("WORLD_SIZE", 1))  # torchrun's, 1 without it
+RANK, LOCAL_RANK = (int(os.environ.get(k, 0)) * (WORLD > 1) for k in ("RANK", "LOCAL_RANK"))
 IMAGE_TYPES = {".jpg", ".jpeg", ".png", ".webp"}
 DATASETS = {  # torchvision's class, and where it looks for its files below --data-dir
     "mnist": (torchvision.datasets.MNIST, "MNIST/raw/*-ubyte"),
@@ -510,9 +512,11 @@ def one_line_errors():
     except (ValueError, OSError) as error:
         fail(error)
     except RuntimeError as error:
-        if "allocate" not in str(error):
-            raise
-        fail("the memory is full: lower --batch-size, --sample-batch-size or --channels")
+        if re.search("allocate|out of memory|ALLOC_FAILED", str(error)):
+            fail("the memory is full: lower --batch-size, --sample-batch-size or --channels")
+        if re.search("compiler", str(error), re.IGNORECASE):
+            fail("--compile needs a C++ compiler (g++ or clang): install one or leave it out")
+        raise
     except KeyboardInterrupt:
         sys.exit(130)
 
@@ -613,8 +617,8 @@ def setup(args):
     if name == "auto":
         mps = "mps" if torch.backends.mps.is_available() else "cpu"
         name = "cuda" if torch.cuda.is_available() else mps
-    if name == "cuda" and WORLD > 1:
-        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    if name == "cuda":
+        name = f"cuda:{LOCAL_RANK}"
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).item()
@@ -632,7 +636,9 @@ def setup(args):
         raise ValueError(f"{out} is not empty: {resume}name another folder with --out")
     out.mkdir(parents=True, exist_ok=True)
     if WORLD > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        gpu = {"backend": "nccl", "device_id": device} if device.type == "cuda" else {}
+        patience = datetime.timedelta(hours=2)  # of the others, while the first one downloads
+        dist.init_process_group(**gpu or {"backend": "gloo"}, timeout=patience)
     torch.manual_seed(args.seed + RANK)  # every process draws its own batches and noise
     return device
 
@@ -736,7 +742,8 @@ def build_unet(args, in_channels, out_channels, device):
 
 
 def call(net, args, *inputs):
-    """net(*inputs) as float32; with --bf16 the inside of the network runs in bfloat16."""
+    """net(*inputs) as float32; with --bf16 the inside of the network runs in bfloat16, but for what
+    is measured: a task that measures sets args.bf16 to False."""
     with torch.autocast(inputs[0].device.type, torch.bfloat16, enabled=args.bf16):
         return net(*inputs).float()
 
@@ -797,12 +804,12 @@ def fit(model, loss_fn, data, args):
         raise ValueError(f"--batch-size {args.batch_size} is not a multiple of {WORLD} processes")
     device, log = next(model.parameters()).device, Path(args.out, "log.jsonl")
     data, weights = [part.to(device) for part in data], list(model.parameters())
-    optimizer = torch.optim.Adam(weights, args.lr, fused=device.type != "mps")
-    step, skipped, losses = 0, 0, []
+    optimizer = torch.optim.Adam(weights, args.lr, fused=True)
+    step, running = 0, torch.zeros(2, device=device)  # sum and number of the finite losses
     if args.resume:
         model.load_state_dict(args.loaded["model"])
         optimizer.load_state_dict(args.loaded["optimizer"])
-        step, skipped, losses = (args.loaded[key] for key in ("step", "skipped", "losses"))
+        step, running = args.loaded["step"], args.loaded["running"].to(device)
         if step > args.steps:
             raise ValueError(f"--steps {args.steps}: the checkpoint has done {step} already")
     loss_module = Loss(model, loss_fn)
@@ -821,7 +828,7 @@ def fit(model, loss_fn, data, args):
             log.write_text("".join(f"{x}\n" for x in lines if json.loads(x)["step"] <= step))
 
     model.train()
-    signals, stopped, bad, seen, since = [], 0, 0, step, time.time()
+    signals, stopped, seen, since = [], False, step, time.time()
     stops = (signal.SIGINT, signal.SIGTERM)
     handlers = [signal.signal(stop, lambda number, _: signals.append(number)) for stop in stops]
     while step < args.steps and not stopped:
@@ -839,25 +846,34 @@ def fit(model, loss_fn, data, args):
         loss = loss_module(*batch)
         loss.backward()
         norm = nn.utils.clip_grad_norm_(weights, args.grad_clip or math.inf)
-        status = torch.stack([loss.detach(), norm, torch.full_like(norm, len(signals))])
+        loss = loss.detach()
         if WORLD > 1:
-            dist.all_reduce(status)  # so that all processes decide alike
-        loss, norm, stopped = (status / WORLD).tolist()  # the one synchronisation of the step
-        if math.isfinite(loss) and math.isfinite(norm):
-            optimizer.step()
-            decay = min(args.ema_decay, (1 + step) / (10 + step))
-            with torch.no_grad():
-                torch._foreach_lerp_(list(ema.parameters()), weights, 1 - decay)
-            losses.append(loss)
-            bad = 0
-        else:  # the step touches neither weights nor EMA
-            skipped, bad = skipped + 1, bad + 1
-            if bad == 10:
-                fail(f"no finite loss and gradient in the 10 steps to {step}: lower --lr; the last "
-                     f"checkpoint in {args.out}, if any, is from before")
-        if RANK == 0 and (step == 1 or step % args.log_every == 0):
-            mean = sum(losses) / len(losses) if losses else math.nan
-            line = {"step": step, "loss": mean, "grad_norm": norm, "lr": lr, "skipped": skipped}
+            dist.all_reduce(loss)
+            loss = loss / WORLD
+        finite = loss.isfinite() & norm.isfinite()  # a tensor: who looks at it waits for the GPU
+        optimizer.found_inf = 1 - finite.float()  # where it is 1, the fused Adam leaves all alone
+        optimizer.step()
+        decay = min(args.ema_decay, (1 + step) / (10 + step))
+        with torch.no_grad():
+            torch._foreach_lerp_(list(ema.parameters()), weights, 1 - decay)
+        running += torch.where(finite, torch.stack([loss, torch.ones_like(loss)]), 0.0)
+        log_now = step == 1 or step % args.log_every == 0
+        stopped = bool(signals)
+        if WORLD > 1 and log_now:  # all processes decide alike
+            status = torch.tensor(float(stopped), device=device)
+            dist.all_reduce(status)
+            stopped = status.item() > 0
+        elif WORLD > 1:
+            stopped = False
+        if log_now:
+            (total, count), norm = running.tolist(), norm.item()
+            running.zero_()
+            if count == 0 and step > 1:
+                fail(f"no finite loss and gradient in the {args.log_every} steps to {step}: lower "
+                     f"--lr; the last checkpoint in {args.out}, if any, is from before")
+        if RANK == 0 and log_now:
+            mean = total / count if count else math.nan
+            line = {"step": step, "loss": mean, "grad_norm": norm, "lr": lr}
             line = {key: value if math.isfinite(value) else None for key, value in line.items()}
             with open(log, "a") as file:
                 file.write(json.dumps(line) + "\n")
@@ -865,11 +881,11 @@ def fit(model, loss_fn, data, args):
             left = datetime.timedelta(seconds=round(pace * (args.steps - step)))
             report(f"step {step} of {args.steps}: loss {mean:.4f}, "
                    f"{args.batch_size / pace:.0f} examples/s, {left} left")
-            losses, seen, since = [], step, time.time()
+            seen, since = step, time.time()
         if RANK == 0 and (step % args.save_every == 0 or step == args.steps or stopped):
             skip = ("loaded", "task", "out", "checkpoint", "resume", "device", "compile")
             state = {
-                "method": SCRIPT, "step": step, "skipped": skipped, "losses": losses,
+                "method": SCRIPT, "step": step, "running": running,
                 "args": {key: value for key, value in vars(args).items() if key not in skip},
                 "model": model.state_dict(), "ema": ema.state_dict(),
                 "optimizer": optimizer.state_dict(), "rng": torch.get_rng_state(),
@@ -1180,6 +1196,7 @@ def main(argv=None):
         return sde.prior((n, args.image_channels, *args.image_size), device)
 
     def flow(x_T):
+        args.bf16 = False  # its precision is below the solver's tolerance
         x, _ = ode_sample(score, sde, x_T, **tolerances)
         if of_ddpm:  # as the last step of its own chain: at t = 1 / T the noise can be seen
             x = posterior_mean(score, sde, x, torch.full((len(x),), sde.eps, device=device))
@@ -1192,7 +1209,7 @@ def main(argv=None):
             calls.clear()
             states = None if record else record
             if by_ode:
-                x_T = prior(n)
+                args.bf16, x_T = False, prior(n)
                 if states is not None:  # its stops are no evaluations of the samples
                     ode_sample(score, sde, x_T[:8], **tolerances, record=states)
                     calls.clear()
@@ -1236,6 +1253,7 @@ def main(argv=None):
         return {"n": len(x_T), **sampler, **tolerances, "table": table}
 
     def bpd():
+        args.bf16 = False
         calls.clear()
         batches = test_images(args, args.num_test)[0].split(args.sample_batch_size)
         bits = [bits_per_dim(score, sde, images.to(device), **tolerances, t_min=t_min)
@@ -1249,6 +1267,7 @@ def main(argv=None):
                 "Rademacher probe each", "t_min": t_min, "evaluations": len(calls), **tolerances}
 
     def interpolate():
+        args.bf16 = False
         calls.clear()
         x_0 = to_float(test_images(args, 16)[0])
         x_0 = x_0[: len(x_0) // 2 * 2]

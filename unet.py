@@ -26,7 +26,7 @@ def init(layer, scale=1.0):
     nn.init.xavier_uniform_(layer.weight, gain=math.sqrt(max(scale, 1e-10)))  # never quite zero
     nn.init.zeros_(layer.bias)
     if isinstance(layer, nn.Conv2d):  # the layout that convolutions are fastest in
-        layer.weight.data = layer.weight.data.contiguous(memory_format=torch.channels_last)
+        layer.to(memory_format=torch.channels_last)
     return layer
 
 
@@ -56,7 +56,7 @@ class Attention(nn.Module):
             nn.init.xavier_uniform_(weight)
 
     def forward(self, x):
-        h = self.norm(x).flatten(2).transpose(1, 2)  # (B, H W, C), no copy in channels_last
+        h = self.norm(x).flatten(2).transpose(1, 2).contiguous()  # (B, H W, C)
         q, k, v = self.qkv(h).unsqueeze(1).chunk(3, dim=3)  # each (B, 1, H W, C)
         h = F.scaled_dot_product_attention(q, k, v).squeeze(1)  # softmax(q k^T / sqrt(C)) v
         return x + self.out(h).transpose(1, 2).unflatten(2, x.shape[2:])  # (B, C, H, W)
