@@ -1,9 +1,9 @@
 """Diffusion on categories: Multinomial Diffusion (Hoogeboom et al. 2021, arXiv:2102.05379) and D3PM
-(Austin, Johnson, Ho, Tarlow, van den Berg 2021, arXiv:2107.03006), whose numbers stand below.
+(Austin, Johnson, Ho, Tarlow, van den Berg 2021, arXiv:2107.03006). Numbers are those of D3PM.
 
 Implements: Eq. (1), (2), (3), (4), (5), (18); Table 1.
 
-    t               time, 1 (almost data) ... T (noise)         (B,) int64; the network is fed t - 1
+    t               time, 1 (almost data) ... T (noise)         (B,) int64; the network gets t - 1
     x_0, x_t        data, and data after t steps of noise       (B, ...) int64 in 0..K-1
     Q, Q_bar        one step's matrix; product of steps 1..t    (K, K), [i, j]: from i to j
     beta            probability of a step's jump; Gaussian:     (T + 1,), index = t, beta[0] = 0
@@ -18,21 +18,46 @@ Implements: Eq. (1), (2), (3), (4), (5), (18); Table 1.
     python d3pm.py --checkpoint runs/d3pm-digits/checkpoint.pt --task infill
 
 One posterior serves both papers: theta_post of the first is Eq. (4) with the uniform transition.
-Measured results stand in README.md. Deviations from the papers:
+README.md has measured results. Deviations from the papers:
 1. The hybrid loss as released: one random term of L_vb, without the factor T, + hybrid * CE; a mean
    over positions, in nats (released: bits for images, a sum for text, which clipping notices).
 2. The Gaussian's beta is multiplied by 1000 / T where T < 1000, so that the noise still mixes.
 3. x_t is drawn from q itself; the released code adds 1e-6 to every probability.
-4. EMA decay min(decay, (1 + n) / (10 + n)) after n steps.
+4. The EMA decay after n steps is min(decay, (1 + n) / (10 + n)).
 5. Text: one Transformer of torch's layers for both papers, with a convolution before it.
 6. --method multinomial: t is uniform and the learning rate constant, as in D3PM.
 """
 
+import argparse
+import contextlib
+import copy
+import datetime
+import json
 import math
+import os
+import re
+import shutil
+import signal
+import sys
+import time
+import unicodedata
+import urllib.request
+import zipfile
+import zlib
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
+from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+import torchvision
+from PIL import Image, ImageDraw, ImageOps, PngImagePlugin
+from torch import nn
+from torchvision.transforms.functional import pil_to_tensor, resize, to_pil_image
+from torchvision.utils import make_grid
+
+from unet import UNet, time_embedding
 
 # ---- The method ----------------------------------------------------------------------------------
 
@@ -73,6 +98,11 @@ def published_beta(transition, T):
     return torch.cat([torch.zeros(1, dtype=torch.float64), later])
 
 
+def precision(device):
+    """The dtype of tables: float64, which only mps does not have."""
+    return torch.float32 if torch.device(device).type == "mps" else torch.float64
+
+
 def expand(a, x):
     """a (B,) -> (B, 1, ..., 1) in x's dtype, to multiply x (B, ...)."""
     return a.to(x.dtype).view(-1, *[1] * (x.dim() - 1))
@@ -85,7 +115,8 @@ def rows(Q, x):
 
 def categorical(probs):
     """One state (...) int64 from each row of probs (..., K) >= 0, which need not sum to 1."""
-    # of K alarm clocks with these rates, which one rings first: exact; multinomial waits for a GPU
+    # exponential race: of K waiting times with these rates the first is state k with probability
+    # probs[k]; unlike torch.multinomial this does not wait for a GPU
     return (probs / torch.empty_like(probs).exponential_().clamp(min=1e-30)).argmax(-1)
 
 
@@ -132,10 +163,9 @@ class CategoricalDiffusion:
             self.alpha_bar = (1 - beta).cumprod(0)
 
     def to(self, device):
-        """Move the tables, in place as a module does it (float32 on mps, which has no float64)."""
-        dtype = torch.float32 if torch.device(device).type == "mps" else torch.float64
+        """Move the tables, in place as a module does it."""
         for name in {"beta", "prior", "alpha_bar", "matrices", "products"} & vars(self).keys():
-            setattr(self, name, getattr(self, name).to(device, dtype))
+            setattr(self, name, getattr(self, name).to(device, precision(device)))
         return self
 
     def closed_form_matrix(self, jump):
@@ -189,7 +219,7 @@ class CategoricalDiffusion:
         return torch.where(u < expand(self.alpha_bar[t], u), x_0, self.prior_sample(x_0.shape))
 
     def prior_sample(self, shape):
-        """x_T ~ p(x_T), int64 of this shape: what q(x_T | x_0) comes to, whatever x_0."""
+        """x_T ~ p(x_T), int64 of this shape: (nearly) the same as q(x_T | x_0) for every x_0."""
         if self.transition == "absorbing":
             return torch.full(shape, self.mask, device=self.beta.device)
         return torch.randint(self.K, shape, device=self.beta.device)
@@ -243,8 +273,8 @@ def d3pm_loss(model, x_0, diffusion, hybrid=0.001):
 
 
 def record_steps(T):
-    """The at most 15 evenly spaced steps of 1..T whose states a sampler records, ascending."""
-    return sorted({-(-T * k // 15) for k in range(1, 16)})
+    """At most 15 evenly spaced steps of 1..T, ascending: a sampler records its states there."""
+    return sorted({math.ceil(T * k / 15) for k in range(1, 16)})
 
 
 @torch.no_grad()
@@ -353,650 +383,171 @@ def discretized_logistic_logits(mean, log_scale, K):
     return F.logsigmoid(upper) + F.logsigmoid(-lower)
 
 
-# ---- Plumbing: word for word the same in all six scripts, and tested to be -----------------------
-
-import argparse
-import contextlib
-import copy
-import datetime
-import json
-import os
-import re
-import signal
-import sys
-import time
-import zipfile
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-
-import numpy as np
-import torch.distributed as dist
-import torchvision
-from PIL import Image, ImageDraw, ImageOps
-from torch import nn
-from torchvision.transforms.functional import pil_to_tensor, resize, to_pil_image
-from torchvision.utils import make_grid
-
-from unet import UNet
-
-SCRIPT = Path(__file__).stem
-WORLD = int(os.environ.get("WORLD_SIZE", 1))  # torchrun's, 1 without it
-RANK, LOCAL_RANK = (int(os.environ.get(k, 0)) * (WORLD > 1) for k in ("RANK", "LOCAL_RANK"))
-IMAGE_TYPES = {".jpg", ".jpeg", ".png", ".webp"}
-DATASETS = {  # torchvision's class, and where it looks for its files below --data-dir
-    "mnist": (torchvision.datasets.MNIST, "MNIST/raw/*-ubyte"),
-    "fashion_mnist": (torchvision.datasets.FashionMNIST, "FashionMNIST/raw/*-ubyte"),
-    "cifar10": (torchvision.datasets.CIFAR10, "cifar-10-python.tar.gz"),
-}
+# What the networks are given, and what their outputs mean
 
 
-def fail(message):
-    """End with one line on stderr, what is wrong and what to do, and exit code 2."""
-    print(f"{SCRIPT}.py: error: {' '.join(str(message).split())}", file=sys.stderr)
-    sys.exit(2)
+def image_model(net, K, head):
+    """model(x_t, t) -> logits (B, C, H, W, K), from a network that takes x_t in [-1, 1] and t - 1.
+    head "logistic": its 2 C channels are a mean, relative to x_t, and a log scale; "residual": its
+    C K channels are added to x_t's one-hot."""
+
+    def model(x_t, t):
+        x = 2 * x_t.float() / (K - 1) - 1
+        output = net(x, t - 1)
+        if head == "logistic":
+            mean, log_scale = output.chunk(2, dim=1)
+            return discretized_logistic_logits((x + mean).tanh(), log_scale, K)
+        return residual_logits(output.unflatten(1, (-1, K)).movedim(2, -1), x_t)
+
+    return model
 
 
-@contextlib.contextmanager
-def one_line_errors():
-    """Bad values, missing or broken files, full disks and full GPUs end without a traceback."""
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        fail(error)
-    except RuntimeError as error:
-        if re.search("allocate|out of memory|ALLOC_FAILED", str(error)):
-            fail("the memory is full: lower --batch-size, --sample-batch-size or --channels")
-        if re.search("compiler", str(error), re.IGNORECASE):
-            fail("--compile needs a C++ compiler (g++ or clang): install one or leave it out")
-        raise
-    except KeyboardInterrupt:
-        sys.exit(130)
-
-
-def number(kind, low, high=10**9):
-    """An argparse type: int or float in [low, high], so neither nan nor inf."""
-
-    def parse(text):
-        if not low <= kind(text) <= high:
-            raise argparse.ArgumentTypeError(f"{text} is not in [{low}, {high:g}]")
-        return kind(text)
-
-    parse.__name__ = kind.__name__  # argparse names it in "invalid int value"
-    return parse
-
-
-def base_parser(description, tasks):
-    """The flags that every script has; a None below is filled in by the data set's preset."""
-    formatter = argparse.ArgumentDefaultsHelpFormatter
-    parser = argparse.ArgumentParser(f"{SCRIPT}.py", None, description, formatter_class=formatter)
-    parser.error = fail
-    add, count, natural = parser.add_argument, number(int, 1), number(int, 0)
-    flag = argparse.BooleanOptionalAction
-    add("--dataset", default="digits", help="digits, mnist, fashion_mnist, cifar10 or a folder")
-    add("--data-dir", default="data", help="where torchvision downloads to")
-    add("--image-size", type=count, nargs="+", help="pixels, N or H W; others are resized")
-    add("--task", choices=tasks, default=tasks[0], help="what to do with the trained network")
-    add("--out", help="run folder; default runs/SCRIPT-DATASET, or TASK beside the checkpoint")
-    add("--checkpoint", help="do not train: take this file's EMA weights and arguments")
-    add("--resume", action="store_true", help="go on with the training in the run folder")
-    add("--seed", type=number(int, 0, 2**62), default=0, help="of all random numbers")
-    add("--device", default="auto", help="cuda, mps or cpu; auto: the first there is")
-    add("--compile", action="store_true", help="torch.compile the network")
-    add("--bf16", action=flag, default=False, help="the network, and only it, in bfloat16")
-    add("--steps", type=count, help="training steps in all")
-    add("--batch-size", type=count, help="examples a step, all processes together")
-    add("--lr", type=number(float, 0, 10), help="Adam's learning rate")
-    add("--warmup", type=natural, help="steps in which the learning rate rises to --lr")
-    add("--lr-decay", type=number(float, 0, 9), help="p: after the warmup, lr falls as step^-p")
-    add("--grad-clip", type=number(float, 0), help="largest norm of the gradient; 0: any")
-    add("--ema-decay", type=number(float, 0, 1), help="of the averaged weights; 0: no average")
-    add("--flip", action=flag, help="mirror training images at random")
-    add("--channels", type=count, help="U-Net: channels of the first level")
-    add("--channel-mult", type=count, nargs="+", help="U-Net: channels of each level / those")
-    add("--num-res-blocks", type=count, help="U-Net: blocks of a level")
-    add("--attention-resolutions", type=count, nargs="*", help="U-Net: pixels of those levels")
-    add("--dropout", type=number(float, 0, 0.99), help="U-Net: rate in the residual blocks")
-    add("--num-samples", type=count, help="images to sample")
-    add("--sample-batch-size", type=count, help="images sampled or tested at a time")
-    add("--log-every", type=count, help="steps between the lines of log.jsonl")
-    add("--save-every", type=count, help="steps between checkpoints")
-    return parser
-
-
-def read_args(parser, presets, argv=None, methods=(SCRIPT,), fixed=(), variants=()):
-    """A flag beats the checkpoint's argument, which beats the preset of the data set. .loaded is
-    the checkpoint of --checkpoint or --resume, one of `methods`; `fixed` and the network's flags
-    cannot differ from it. A flag in `variants` may change presets: "NAME --FLAG VALUE" is one."""
-    argv = sys.argv[1:] if argv is None else argv
-    early, _ = parser.parse_known_args([word for word in argv if word not in ("-h", "--help")])
-    folder = early.out or f"runs/{SCRIPT}-{Path(early.dataset).resolve().name}"
-    if early.checkpoint and early.resume:
-        fail("--resume goes on with the run folder's own checkpoint: leave out --checkpoint")
-    loaded, inherited, dataset = None, {}, early.dataset
-    if early.checkpoint or early.resume:
-        path = early.checkpoint or f"{folder}/checkpoint.pt"
-        loaded = load_checkpoint(path, methods if early.checkpoint else (SCRIPT,))
-        inherited = loaded["args"]
-        if loaded["method"] != SCRIPT:  # another method's network: what it is, not how it samples
-            shared = (*presets["digits"], *fixed, "dataset", "data_dir", "image_channels")
-            inherited = {key: inherited[key] for key in shared if key in inherited}
-        dataset = inherited["dataset"]
-    name = dataset if dataset in presets else "folder"
-    preset = dict(presets[name])
-    for flag in variants:
-        preset |= presets.get(f"{name} --{flag} {getattr(early, flag)}", {})
-    parser.set_defaults(**preset | inherited, loaded=loaded)
-    if early.checkpoint and not early.out:
-        folder = str(Path(early.checkpoint).parent / early.task)
-    parser.set_defaults(out=folder)
-    args = parser.parse_args(argv)
-    if len(args.image_size) > 2:
-        fail("--image-size takes one number, or height and width")
-    args.image_size = (args.image_size[0], args.image_size[-1])
-    network = ("image_size", "channels", "channel_mult", "num_res_blocks", "attention_resolutions")
-    for key in (*network, *fixed) if args.loaded else ():
-        trained = args.loaded["args"].get(key)
-        if getattr(args, key) == "auto":  # is what it was measured to be
-            setattr(args, key, trained)
-        if json.dumps(trained) != json.dumps(getattr(args, key)):  # lists and tuples alike
-            fail(f"--{key.replace('_', '-')}: the checkpoint was trained with {trained}")
-    return args
-
-
-def setup(args):
-    """The device; makes the run folder, joins torchrun's processes, seeds the random numbers."""
-    name = args.device
-    if name == "auto":
-        mps = "mps" if torch.backends.mps.is_available() else "cpu"
-        name = "cuda" if torch.cuda.is_available() else mps
-    if name == "cuda":
-        name = f"cuda:{LOCAL_RANK}"
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"no device {name} here: {str(error).splitlines()[0]}") from error
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")  # TF32
-        torch.backends.cudnn.benchmark = True
-    if WORLD > 1 and args.checkpoint:
-        raise ValueError("--checkpoint does not train: it takes one process, not torchrun")
-    out = Path(args.out)
-    if RANK == 0 and not args.resume and out.exists() and any(out.iterdir()):
-        resume = "go on with --resume or " if (out / "checkpoint.pt").exists() else ""
-        raise ValueError(f"{out} is not empty: {resume}name another folder with --out")
-    out.mkdir(parents=True, exist_ok=True)
-    if WORLD > 1:
-        gpu = {"backend": "nccl", "device_id": device} if device.type == "cuda" else {}
-        patience = datetime.timedelta(hours=2)  # of the others, while the first one downloads
-        dist.init_process_group(**gpu or {"backend": "gloo"}, timeout=patience)
-    torch.manual_seed(args.seed + RANK)  # every process draws its own batches and noise
-    return device
-
-
-def load_images(dataset, data_dir, image_size, train):
-    """-> images (N, C, H, W) uint8 and labels (N,) int64 of the training or the test split.
-
-    dataset: "digits" (bundled), a name in DATASETS (downloaded to data_dir once), or a folder of
-    jpg, png and webp files: greyscale if all are; subfolders are classes; train/ and test/ are the
-    splits if both are there, else every tenth file is for testing. image_size: H = W, or (H, W);
-    a folder's images are cropped at the centre to that shape, and all are resized to it.
-    """
-    H, W = (image_size, image_size) if isinstance(image_size, int) else image_size
-    if dataset == "digits":  # a sheet of 50 rows of 100; 500 of each class, the last 50 for testing
-        sheet = np.array(Image.open(Path(__file__).parent / "assets" / "digits.png"))
-        digits = torch.from_numpy(sheet).view(50, 16, 100, 16).transpose(1, 2)
-        part = slice(0, 450) if train else slice(450, 500)
-        images = digits.reshape(10, 500, 1, 16, 16)[:, part].flatten(0, 1)
-        labels = torch.arange(10).repeat_interleave(len(images) // 10)
-    elif dataset in DATASETS:
-        load, files = DATASETS[dataset]
-        if RANK > 0 and dist.is_initialized():
-            dist.barrier()  # only the first process downloads
-        try:
-            data = load(data_dir, train=train, download=True)
-        except (RuntimeError, OSError) as error:
-            raise OSError(f"cannot download {dataset} ({error}); without a network put its files "
-                          f"where torchvision looks: {data_dir}/{files}") from error
-        if RANK == 0 and dist.is_initialized():
-            dist.barrier()
-        images, labels = torch.as_tensor(data.data), torch.as_tensor(data.targets)
-        images = images.unsqueeze(1) if images.dim() == 3 else images.permute(0, 3, 1, 2)
-    else:
-        root, train_and_test = Path(dataset), [Path(dataset, "train"), Path(dataset, "test")]
-        if not root.is_dir():
-            known = ", ".join(("digits", *DATASETS))
-            raise ValueError(f"no data set {dataset}: take {known} or a folder of images")
-        is_split = all(folder.is_dir() for folder in train_and_test)
-        root = train_and_test[0 if train else 1] if is_split else root
-        files = sorted(f for f in root.rglob("*") if f.suffix.lower() in IMAGE_TYPES)
-        if len(files) < (2 if is_split else 20):
-            need = "2 are" if is_split else "20, of which every tenth is for testing, are"
-            raise ValueError(f"{root} holds {len(files)} jpg, png and webp images: {need} needed")
-        files = [f for i, f in enumerate(files) if is_split or (i % 10 != 9) == train]
-        parents = [f.relative_to(root).parts[:-1][:1] for f in files]
-        classes = {parent: i for i, parent in enumerate(sorted(set(parents)))}
-        labels = torch.tensor([classes[parent] for parent in parents])
-
-        def read(file):
-            try:
-                image = ImageOps.exif_transpose(Image.open(file))
-                if image.mode[0] in "IF":
-                    raise ValueError("more than 8 bits")
-                image = image.convert("L" if image.mode in ("1", "L", "LA") else "RGB")
-                return pil_to_tensor(ImageOps.fit(image, (W, H)))
-            except Exception as error:  # whatever a broken file makes a decoder raise
-                raise ValueError(f"{file} is no readable 8-bit image: mend or remove it") from error
-
-        with ThreadPoolExecutor() as pool:
-            images = list(pool.map(read, files))
-        C = max(len(image) for image in images)  # 1 or 3
-        images = torch.stack([image.expand(C, H, W) for image in images])
-    if images.shape[2:] != (H, W):
-        images = resize(images, [H, W], antialias=True)
-    return images.contiguous(), labels
-
-
-def load_split(args, train):
-    """The images and labels that the arguments name. The first call says, in args.image_channels,
-    what the network takes; ValueError if a later one, or a checkpoint's data, has other images."""
-    images, labels = load_images(args.dataset, args.data_dir, args.image_size, train)
-    if vars(args).setdefault("image_channels", images.shape[1]) != images.shape[1]:
-        raise ValueError(f"{args.dataset}: the network takes {args.image_channels} channels")
-    return images, labels
-
-
-def test_images(args, n):
-    """n images (n, C, H, W) uint8 and labels of the test split, the same for one --seed."""
-    images, labels = load_split(args, train=False)
-    chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(args.seed))[:n]
-    return images[chosen], labels[chosen]
-
-
-def test_image(args):
-    """One of test_images, (1, C, H, W); None if a checkpoint's data set is not there any more."""
-    try:
-        return test_images(args, 1)[0]
-    except (ValueError, OSError) as error:
-        report(f"process.png goes without the forward process: {error}", last=True)
-
-
-def build_unet(args, in_channels, out_channels, device):
-    """The U-Net that the arguments describe; with --checkpoint its EMA weights, in eval mode."""
-    shape = (args.channels, args.channel_mult, args.num_res_blocks, args.attention_resolutions)
-    net = UNet(in_channels, out_channels, *shape, args.dropout, max(args.image_size))
-    if args.checkpoint:
-        net.eval().requires_grad_(False).load_state_dict(args.loaded["ema"])
-    if args.compile:
-        net.compile()
-    return net.to(device)
-
-
-def call(net, args, *inputs):
-    """net(*inputs) as float32; with --bf16 the inside of the network runs in bfloat16, but for what
-    is measured: a task that measures sets args.bf16 to False."""
-    with torch.autocast(inputs[0].device.type, torch.bfloat16, enabled=args.bf16):
-        return net(*inputs).float()
-
-
-def save_checkpoint(path, state):
-    """Write beside path, flush to the disk, rename: path is the old file or the new, never half."""
-    part = Path(f"{path}.part")
-    try:
-        with open(part, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except (OSError, RuntimeError) as error:  # torch.save makes a full disk a RuntimeError
-        part.unlink(missing_ok=True)
-        raise OSError(f"cannot write {path}, is the disk full? ({error})") from error
-
-
-def load_checkpoint(path, methods=(SCRIPT,)):
-    """The checkpoint, on the CPU; ValueError if it is missing, damaged or of another method.
-
-    torch.load takes a flipped byte for data, so the archive's checksums are verified first;
-    weights_only keeps a hostile file from running code.
-    """
-    if not Path(path).is_file():
-        raise ValueError(f"there is no checkpoint {path}")
-    try:
-        with zipfile.ZipFile(path) as archive:
-            headers = [(r.file_size - r.compress_size, r.external_attr) for r in archive.infolist()]
-            if any(map(any, headers)) or archive.testzip() is not None:
-                raise ValueError("a size, a flag or a checksum is wrong")
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        method, _, _ = state["method"], state["ema"], dict(state["args"])
-    except Exception as error:  # whatever a damaged file makes zipfile and the unpickler raise
-        why = "truncated, damaged or not of these scripts"
-        raise ValueError(f"cannot read the checkpoint {path}: {why}") from error
-    if method not in methods:
-        needed = " or ".join(f"{name}.py" for name in methods)
-        raise ValueError(f"{path} is a checkpoint of {method}.py: one of {needed} is needed")
-    return state
-
-
-class Loss(nn.Module):
-    """loss_fn as the forward of a module that owns the model, for DistributedDataParallel."""
-
-    def __init__(self, model, loss_fn):
-        super().__init__()
-        self.model, self.forward = model, loss_fn
-
-
-def fit(model, loss_fn, data, args):
-    """Train to step args.steps, write log.jsonl and checkpoint.pt; leaves the EMA in the model.
-
-    data: a tuple of tensors of one length, of which each step draws rows with replacement (so that
-    the random state is the order of the data); loss_fn(*rows): a scalar. Ctrl-C and SIGTERM save.
-    """
-    if args.batch_size % WORLD:
-        raise ValueError(f"--batch-size {args.batch_size} is not a multiple of {WORLD} processes")
-    device, log = next(model.parameters()).device, Path(args.out, "log.jsonl")
-    data, weights = [part.to(device) for part in data], list(model.parameters())
-    optimizer = torch.optim.Adam(weights, args.lr, fused=True)
-    step, running = 0, torch.zeros(2, device=device)  # sum and number of the finite losses
-    if args.resume:
-        model.load_state_dict(args.loaded["model"])
-        optimizer.load_state_dict(args.loaded["optimizer"])
-        step, running = args.loaded["step"], args.loaded["running"].to(device)
-        if step > args.steps:
-            raise ValueError(f"--steps {args.steps}: the checkpoint has done {step} already")
-    loss_module = Loss(model, loss_fn)
-    if WORLD > 1:  # gives all processes the first one's weights, then averages the gradients
-        loss_module = nn.parallel.DistributedDataParallel(loss_module)
-    ema = copy.deepcopy(model).eval().requires_grad_(False)
-    if args.resume:
-        ema.load_state_dict(args.loaded["ema"])
-        torch.set_rng_state(args.loaded["rng"])
-        if device.type == "cuda" and args.loaded["cuda_rng"] is not None:
-            torch.cuda.set_rng_state(args.loaded["cuda_rng"])
-        if RANK > 0:  # the checkpoint holds the random state of the first process
-            torch.manual_seed(args.seed + RANK + WORLD * step)
-        elif log.exists():  # steps after the checkpoint happen again: drop their lines
-            lines = [line for line in log.read_text().splitlines() if line.endswith("}")]
-            log.write_text("".join(f"{x}\n" for x in lines if json.loads(x)["step"] <= step))
-
-    model.train()
-    signals, stopped, seen, since = [], False, step, time.time()
-    stops = (signal.SIGINT, signal.SIGTERM)
-    handlers = [signal.signal(stop, lambda number, _: signals.append(number)) for stop in stops]
-    while step < args.steps and not stopped:
-        step += 1
-        warm = step / max(1, args.warmup)
-        lr = args.lr * min(1, warm, warm**-args.lr_decay)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        rows = torch.randint(len(data[0]), (args.batch_size // WORLD,), device=device)
-        batch = [part[rows] for part in data]
-        if args.flip:
-            mirror = torch.rand(len(rows), 1, 1, 1, device=device) < 0.5
-            batch[0] = torch.where(mirror, batch[0].flip(-1), batch[0])
-        optimizer.zero_grad()
-        loss = loss_module(*batch)
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(weights, args.grad_clip or math.inf)
-        loss = loss.detach()
-        if WORLD > 1:
-            dist.all_reduce(loss)
-            loss = loss / WORLD
-        finite = loss.isfinite() & norm.isfinite()  # a tensor: who looks at it waits for the GPU
-        optimizer.found_inf = 1 - finite.float()  # where it is 1, the fused Adam leaves all alone
-        optimizer.step()
-        decay = min(args.ema_decay, (1 + step) / (10 + step))
-        with torch.no_grad():
-            torch._foreach_lerp_(list(ema.parameters()), weights, 1 - decay)
-        running += torch.where(finite, torch.stack([loss, torch.ones_like(loss)]), 0.0)
-        log_now = step == 1 or step % args.log_every == 0
-        stopped = bool(signals)
-        if WORLD > 1 and log_now:  # all processes decide alike
-            status = torch.tensor(float(stopped), device=device)
-            dist.all_reduce(status)
-            stopped = status.item() > 0
-        elif WORLD > 1:
-            stopped = False
-        if log_now:
-            (total, count), norm = running.tolist(), norm.item()
-            running.zero_()
-            if count == 0 and step > 1:
-                fail(f"no finite loss and gradient in the {args.log_every} steps to {step}: lower "
-                     f"--lr; the last checkpoint in {args.out}, if any, is from before")
-        if RANK == 0 and log_now:
-            mean = total / count if count else math.nan
-            line = {"step": step, "loss": mean, "grad_norm": norm, "lr": lr}
-            line = {key: value if math.isfinite(value) else None for key, value in line.items()}
-            with open(log, "a") as file:
-                file.write(json.dumps(line) + "\n")
-            pace = (time.time() - since) / (step - seen)  # seconds a step
-            left = datetime.timedelta(seconds=round(pace * (args.steps - step)))
-            report(f"step {step} of {args.steps}: loss {mean:.4f}, "
-                   f"{args.batch_size / pace:.0f} examples/s, {left} left")
-            seen, since = step, time.time()
-        if RANK == 0 and (step % args.save_every == 0 or step == args.steps or stopped):
-            skip = ("loaded", "task", "out", "checkpoint", "resume", "device", "compile")
-            state = {
-                "method": SCRIPT, "step": step, "running": running,
-                "args": {key: value for key, value in vars(args).items() if key not in skip},
-                "model": model.state_dict(), "ema": ema.state_dict(),
-                "optimizer": optimizer.state_dict(), "rng": torch.get_rng_state(),
-                "cuda_rng": torch.cuda.get_rng_state() if device.type == "cuda" else None,
-            }
-            save_checkpoint(Path(args.out, "checkpoint.pt"), state)
-    for stop, handler in zip(stops, handlers, strict=True):
-        signal.signal(stop, handler)
-    if WORLD > 1:
-        dist.destroy_process_group()
-    if stopped:
-        report(f"stopped after step {step}, which is saved: go on with --resume", last=True)
-        sys.exit(128 + (signals or [signal.SIGTERM])[0])
-    model.eval().requires_grad_(False).load_state_dict(ema.state_dict())
-
-
-def report(line, last=False):
-    """Print progress: on a terminal as one line that rewrites itself; the first process only."""
-    if RANK == 0:
-        start, end = ("\r\033[K", "\n" if last else "") if sys.stdout.isatty() else ("", "\n")
-        print(start + line, end=end, flush=True)
-
-
-def save_grid(images, path, columns, labels=()):
-    """uint8 images (N, C, H, W) as one PNG, small ones enlarged; labels: a text beside each row."""
-    scale = max(1, 48 // images.shape[3])
-    images = images.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
-    grid = to_pil_image(make_grid(images.cpu(), columns, pad_value=96))
-    if labels:
-        margin, height = 7 * max(map(len, labels)), images.shape[2] + 2
-        grid = ImageOps.expand(grid, (margin, 0, 0, 0), "white")
-        for row, label in enumerate(labels):
-            ImageDraw.Draw(grid).text((6, row * height + height // 2 - 5), label, fill="black")
-    grid.save(path)
-
-
-def save_images(draw, args):
-    """draw(n) -> (n, C, H, W) uint8: args.num_samples of them in batches, each written at once as
-    images/NNNNNN.png, which FID tools read; returns the first 100."""
-    folder, first, done = Path(args.out, "images"), [], 0
-    folder.mkdir(exist_ok=True)
-    for old in folder.glob("*.png"):  # of the run before --resume
-        old.unlink()
-    while done < args.num_samples:
-        images = draw(min(args.sample_batch_size, args.num_samples - done)).cpu()
-        for i, image in enumerate(images):
-            to_pil_image(image).save(folder / f"{done + i:06d}.png")
-        first, done = [*first, *images][:100], done + len(images)
-        report(f"{done} of {args.num_samples} images", last=done == args.num_samples)
-    return torch.stack(first)
-
-
-def save_results(args, task, start, **measured):
-    """Add what was measured since `start` to results.json, with what it takes to repeat it."""
-    path = Path(args.out, "results.json")
-    results = json.loads(path.read_text()) if path.exists() else {}
-    context = {"dataset": args.dataset, "seed": args.seed, "seconds": round(time.time() - start, 1)}
-    date = {"date": time.strftime("%Y-%m-%d"), "torch": torch.__version__}
-    results[task] = {**measured, **context, **date, "torchvision": torchvision.__version__}
-    path.write_text(json.dumps(results, indent=2) + "\n")
-
-
-def run(args, tasks, net, loss_fn, data, also=(), **settings):
-    """Train net on data, unless that is None; then do args.task and, after it has trained for
-    `sample`, the tasks `also`. What a task returns stands beside `settings` in results.json."""
-    chosen, step = [args.task], args.loaded["step"] if args.checkpoint else args.steps
-    if data:
-        parameters, shape = sum(p.numel() for p in net.parameters()), list(data[0].shape)
-        report(f"{shape} data, {parameters:,} parameters, to {args.out}", last=True)
-        start = time.time()
-        fit(net, loss_fn, data, args)
-        if RANK > 0:
-            return
-        save_results(args, "train", start, step=step, parameters=parameters, n=shape[0])
-        chosen += also if args.task == "sample" else ()
-    for task in chosen:
-        torch.manual_seed(args.seed)  # the same numbers now and from the checkpoint
-        start = time.time()
-        measured = {"step": step, "weights": "EMA", **settings, **tasks[task]()}
-        save_results(args, task, start, **measured)
-    files = ", ".join(sorted(path.name for path in Path(args.out).iterdir()))
-    report(f"{args.out} holds {files}", last=True)
+def text_model(net, K):
+    """model(x_t, t) -> logits (B, L, K), from a network that takes t - 1 and returns logits of 27
+    characters: state 27, the mask if K = 28, is never predicted."""
+    return lambda x_t, t: F.pad(net(x_t, t - 1), (0, K - 27), value=-math.inf)
 
 
 # ---- The run -------------------------------------------------------------------------------------
 
-import urllib.request
-
-from unet import time_embedding
-
-TEXT8 = "http://mattmahoney.net/dc/text8.zip"
-ALPHABET = "abcdefghijklmnopqrstuvwxyz _"  # text: states 0..26, and 27, the mask
-
-PRESETS = {
-    "cifar10": dict(  # D3PM, App. B.2: Gauss + logistic, L_lambda, the best row of Table 3
-        transition="gaussian", levels=256, head="logistic", hybrid=0.001, T=1000,
-        image_size=(32, 32), channels=128, channel_mult=(1, 2, 2, 2), num_res_blocks=2,
-        attention_resolutions=(16,), dropout=0.1, lr=2e-4, batch_size=128, steps=1_500_000,
-        ema_decay=0.9999, flip=True, warmup=0, lr_decay=0.0, grad_clip=1.0,
-        num_samples=100, sample_batch_size=64, num_test=64, log_every=100, save_every=5000,  # ours
-    ),
-}
-PRESETS.update(
-    folder=PRESETS["cifar10"] | dict(flip=False),  # of any images
-    # Digits are not in the papers: these are ours, sized for minutes on a laptop. T is their number
-    # of pixels; hybrid, for so few steps, lets the cross entropy outweigh the bound.
-    digits=PRESETS["cifar10"] | dict(
+SETTINGS = dict(  # D3PM's best CIFAR-10 run, with sources; every key is a flag
+    lr=2e-4, batch_size=128, ema_decay=0.9999, steps=1_500_000, flip=True, dropout=0.1,  # App. B.2
+    image_size=(32, 32), channels=128, channel_mult=(1, 2, 2, 2), num_res_blocks=2,  # DDPM's
+    attention_resolutions=(16,), warmup=0, lr_decay=0.0, grad_clip=1.0,  # released code
+    num_samples=100, sample_batch_size=64, log_every=100, save_every=5000,  # ours
+    method=(("d3pm", "multinomial"), "whose settings"),
+    transition=(("auto", "gaussian", "absorbing", "uniform"), "of the forward process (App. "
+                   "A.2); auto: the data set's"),
+    T=(1000, "steps of the process (App. B.2)"),
+    levels=(256, "K of images, whose bits/dim are those of K levels"),
+    head=(("logistic", "residual"), "images: logits of a logistic (App. A.8), or x_t's one-hot "
+             "and the network's own"),
+    hybrid=(0.001, "weight of the cross entropy, lambda in Eq. (5) (App. B.2)"),
+    num_steps=(0, "of --T: samples and bound skip the others (Table 1); 0: all"),
+    final_mode=(False, "end in the mode of p(x_0 | x_1) (released code)"),
+    length=(256, "text: characters of a chunk (App. B.1)"),
+    layers=(12, "text: the Transformer's layers (App. B.1)"),
+    width=(768, "text: the Transformer's channels (released code)"),
+    heads=(12, "text: heads of its attention (released code)"),
+    num_test=(64, "test examples to measure or to fill in"),
+)
+MNIST = dict(  # ours
+    image_size=(28, 28), channels=64, channel_mult=(1, 2, 2), attention_resolutions=(14,),
+    steps=50_000, flip=False, warmup=1000,
+)
+TEXT8 = dict(  # D3PM, App. B.1
+    transition="absorbing", hybrid=0.01, dropout=0.0, lr=5e-4, batch_size=512, steps=1_000_000,
+    warmup=10_000, lr_decay=0.5, ema_decay=0.0, grad_clip=0.25, flip=False, num_samples=16,
+    num_test=32,
+)
+PRESETS = {  # changes to SETTINGS
+    "cifar10": {}, "folder": dict(flip=False), "mnist": MNIST, "fashion_mnist": MNIST,
+    # Not in the papers: sized for minutes on a laptop. T is the number of pixels; with so few steps
+    # the cross entropy has to outweigh the bound.
+    "digits": dict(
         transition="absorbing", levels=5, head="residual", hybrid=1.0, T=256, image_size=(16, 16),
         channels=16, channel_mult=(1, 2, 4), num_res_blocks=1, attention_resolutions=(8,),
         dropout=0.0, lr=8e-3, batch_size=64, steps=3400, flip=False, warmup=500, lr_decay=1.2,
         num_samples=64, num_test=50, save_every=500,
     ),
-    mnist=PRESETS["cifar10"] | dict(  # ours
-        image_size=(28, 28), channels=64, channel_mult=(1, 2, 2), attention_resolutions=(14,),
-        steps=50_000, flip=False, warmup=1000,
-    ),
-    text8=PRESETS["cifar10"] | dict(  # D3PM, App. B.1
-        transition="absorbing", hybrid=0.01, layers=12, width=768, heads=12, length=256,
-        dropout=0.0, lr=5e-4, batch_size=512, steps=1_000_000, warmup=10_000, lr_decay=0.5,
-        ema_decay=0.0, grad_clip=0.25, flip=False, num_samples=16, num_test=32,
-    ),
-)
-PRESETS.update(
-    fashion_mnist=PRESETS["mnist"],
-    text=PRESETS["text8"] | dict(  # a file's: ours, for about 1 MB and minutes on a laptop
+    "text8": TEXT8,
+    "text": TEXT8 | dict(  # of a file: ours, for about 1 MB and minutes on a laptop
         layers=3, width=128, heads=4, lr=2e-3, batch_size=8, steps=3000, warmup=100,
         ema_decay=0.999, grad_clip=1.0, num_samples=8, num_test=8, save_every=500,
     ),
-)
-for name in list(PRESETS):  # Table 3 has the logistic head for the Gaussian alone; text: App. B.1
-    other = dict(hybrid=0.0) if name.startswith("text") else dict(head="residual")
-    PRESETS[f"{name} --transition uniform"] = other
-    PRESETS[f"{name} --method multinomial"] = other | dict(transition="uniform", hybrid=0.0)
-    if not name.startswith("text"):
-        PRESETS[f"{name} --transition absorbing"] = other
-# Table 3: by L_vb alone
-PRESETS["cifar10 --transition uniform"] = dict(head="residual", hybrid=0.0)
-# T = 100: of 1000 steps the first hundreds would hardly leave one of 16 levels for the next
-PRESETS["digits --transition gaussian"] = dict(
-    levels=16, hybrid=0.01, T=100, lr=2e-3, warmup=200, lr_decay=0.5,
-)
-PRESETS["text8 --method multinomial"] |= dict(  # Argmax Flows, App. B: 300 epochs
-    width=512, heads=16, lr=1e-4, batch_size=32, steps=3_300_000, warmup=0, lr_decay=0.0,
-    grad_clip=0.0,
-)
+}
+TEXT8_URL = "http://mattmahoney.net/dc/text8.zip"
+ALPHABET = "abcdefghijklmnopqrstuvwxyz _"  # text: states 0..26, and 27, the mask
 
 
-def parse_args(argv=None):
-    parser = base_parser(__doc__.splitlines()[0], ("sample", "bpd", "infill"))
-    add, count, flag = parser.add_argument, number(int, 1), argparse.BooleanOptionalAction
-    transitions = ("uniform", "absorbing", "gaussian")
-    add("--method", choices=("d3pm", "multinomial"), default="d3pm", help="which paper's settings")
-    add("--transition", choices=transitions, help="of the forward process (D3PM, App. A.2)")
-    add("--T", type=number(int, 1, 10_000), help="steps of the process")
-    add("--levels", type=number(int, 2, 256), help="K of images, whose bits/dim are of K levels")
-    add("--head", choices=("logistic", "residual"), help="images: logits are a logistic's (D3PM, "
-        "App. A.8), or any of their own beside x_t's one-hot")
-    add("--hybrid", type=number(float, 0), help="weight of the cross entropy, lambda in Eq. (5)")
-    add("--num-steps", type=count, help="of --T: samples and bound skip the others (Table 1)")
-    add("--final-mode", action=flag, default=False, help="end in p(x_0 | x_1)'s mode, as released")
-    add("--num-test", type=number(int, 2), help="test examples to measure or to fill in")
-    add("--length", type=number(int, 2), default=256, help="text: characters of a chunk")
-    add("--layers", type=count, default=12, help="text: the Transformer's layers")
-    add("--width", type=count, default=768, help="text: the Transformer's channels")
-    add("--heads", type=count, default=12, help="text: heads of its attention")
-    argv, presets = sys.argv[1:] if argv is None else argv, PRESETS
-    words = [word for word in argv if word not in ("-h", "--help")]
-    dataset = parser.parse_known_args(words)[0].dataset
-    if Path(dataset).is_file():  # read_args takes the folder's preset for what it does not know
-        text = {key: value for key, value in PRESETS.items() if key.split()[0] == "text"}
-        presets = PRESETS | {key.replace("text", "folder", 1): text[key] for key in text}
-    fixed = ("transition", "T", "levels", "head", "length", "layers", "width", "heads")
-    args = read_args(parser, presets, argv, fixed=fixed, variants=("transition", "method"))
-    text = args.dataset == "text8" or Path(args.dataset).is_file()
-    vars(args).setdefault("text", text)
-    if args.loaded and text != args.text and args.dataset != args.loaded["args"]["dataset"]:
-        fail(f"--dataset {args.dataset}: the checkpoint is of {'text' if args.text else 'images'}")
-    if args.text and args.flip:
-        fail("--flip mirrors images, not text")
-    if args.method == "multinomial" and (args.transition != "uniform" or args.hybrid):
-        fail("--method multinomial is the uniform transition with --hybrid 0")
-    return args
+def is_text(dataset):
+    return dataset == "text8" or Path(dataset).is_file()
 
 
-def load_text(args, train):
+def preset(args):
+    name = args.dataset if args.dataset in PRESETS else "folder"
+    if is_text(args.dataset) and name != "text8":
+        name = "text"
+    changes, text = {"transition": "gaussian"} | PRESETS[name], name.startswith("text")
+    if args.method == "multinomial":
+        changes |= dict(transition="uniform", hybrid=0.0)
+        if name == "text8":  # Argmax Flows, App. B: 300 epochs
+            changes |= dict(width=512, heads=16, lr=1e-4, batch_size=32, steps=3_300_000, warmup=0,
+                            lr_decay=0.0, grad_clip=0.0)
+    transition = changes["transition"] if args.transition == "auto" else args.transition
+    if transition != "gaussian" and not text:  # Table 3: the logistic head is for the Gaussian
+        changes |= dict(head="residual")
+    if transition == "uniform" and name in ("cifar10", "text", "text8"):  # Table 3; App. B.1
+        changes |= dict(hybrid=0.0)
+    if transition == "gaussian" and name == "digits":  # ours
+        changes |= dict(levels=16, hybrid=0.01, T=100, lr=2e-3, warmup=200, lr_decay=0.5)
+    return changes
+
+
+def load_text(run, train):
     """-> (N,) uint8: the training or the test split of --dataset, text8 (downloaded once) or the
     path of a UTF-8 file. 0..25 are the letters, 26 is what lies between words."""
-    if args.dataset == "text8":
-        path = Path(args.data_dir, "text8.zip")
-        if RANK > 0 and dist.is_initialized():
+    if run.dataset == "text8":
+        path = Path(run.data_dir, "text8.zip")
+        if RANK > 0:
             dist.barrier()  # only the first process downloads
         try:
             if not path.exists():
                 path.parent.mkdir(parents=True, exist_ok=True)
-                part, _ = urllib.request.urlretrieve(TEXT8, f"{path}.part")
+                part, _ = urllib.request.urlretrieve(TEXT8_URL, f"{path}.part")
                 os.replace(part, path)
-            text = zipfile.ZipFile(path).read("text8")
+            text = zipfile.ZipFile(path).read("text8").decode()
         except (OSError, KeyError, zipfile.BadZipFile) as error:
-            raise OSError(f"cannot read {path} or download it from {TEXT8} ({error}); without a "
-                          "network put it there") from error
-        if RANK == 0 and dist.is_initialized():
+            raise OSError(f"cannot read {path} or download it from {TEXT8_URL} ({error}); without "
+                          "a network put it there") from error
+        if RANK == 0 and WORLD > 1:
             dist.barrier()
     else:
         try:
-            text = Path(args.dataset).read_text("utf-8")
+            whole = Path(run.dataset).read_text("utf-8-sig")
         except UnicodeDecodeError as error:
-            raise ValueError(f"{args.dataset} is no UTF-8 text: {error}") from error
-        text = re.sub("[^a-z]+", " ", text.lower()).encode()
-    if len(text) < 40 * args.length:  # 2 chunks for testing
-        raise ValueError(f"{args.dataset} has {len(text)} letters and spaces: --length "
-                         f"{args.length} needs {40 * args.length}")
-    letters = torch.from_numpy(np.frombuffer(text, np.uint8) - np.uint8(ord("a")))
+            raise ValueError(f"{run.dataset} is not a UTF-8 text: {error}") from error
+        text = unicodedata.normalize("NFKD", whole).casefold()  # accents become marks of their own
+        text = re.sub("[\u0300-\u036f]", "", text)
+        lost = re.sub(r"[a-z\W\d_]", "", text)
+        if 2 * len(lost) > len(re.sub(r"[\W\d_]", "", text)):
+            raise ValueError(f"{run.dataset}: most letters are not of a Latin alphabet, such as "
+                             f"{''.join(sorted(set(lost))[:10])}, and would be dropped")
+        text = re.sub("[^a-z]+", " ", text)
+    if len(text) < 40 * run.length:  # 2 chunks for testing
+        raise ValueError(f"{run.dataset} has {len(text)} letters and spaces: --length "
+                         f"{run.length} needs {40 * run.length}")
+    letters = torch.frombuffer(bytearray(text, "ascii"), dtype=torch.uint8) - ord("a")
     letters = letters.clamp(max=26)  # the space is far above
     return letters[: len(text) * 9 // 10] if train else letters[len(text) * 19 // 20 :]
+
+
+def load_chunks(run):
+    """As load_data, for text: a training chunk begins at every character; they share memory."""
+    run.test = None
+    try:
+        test = load_text(run, train=False).unfold(0, run.length, run.length)
+        order = torch.randperm(len(test), generator=torch.Generator().manual_seed(run.seed))
+        run.test = test[order].to(run.device)
+    except (ValueError, OSError) as error:
+        if not run.checkpoint or run.task != "sample":
+            raise
+        report(f"process.txt goes without its first part: {error}")
+    train = load_text(run, train=True).to(run.device) if not run.checkpoint else None
+    return train if train is None else [train.unfold(0, run.length, 1)]
 
 
 def to_text(x):
     """States (L,) as characters."""
     return "".join(ALPHABET[state] for state in x.tolist())
+
+
+def to_states(run, batch):
+    return batch.long() if run.text else batch.long() * run.levels // 256
+
+
+def to_uint8(run, x):
+    return (x * (255 / (run.levels - 1))).round().to(torch.uint8)
 
 
 class Transformer(nn.Module):
@@ -1010,6 +561,7 @@ class Transformer(nn.Module):
         super().__init__()
         if width % heads or width % 2 or width < 4:
             raise ValueError(f"--width {width} is not even, a multiple of {heads} heads, 4 or more")
+        torch.backends.mha.set_fastpath_enabled(False)  # on CUDA its GELU differs from training's
         self.token = nn.Embedding(len(ALPHABET), width)
         self.neighbours = nn.Conv1d(width, width, 9, padding=4)
         self.position = nn.Parameter(torch.randn(length, width))
@@ -1030,152 +582,633 @@ class Transformer(nn.Module):
         return self.out(self.layers(h + self.position + temb[:, None]))
 
 
-def build_transformer(args, device):
-    """As build_unet: with --checkpoint it has that file's EMA weights and is in eval mode."""
-    torch.backends.mha.set_fastpath_enabled(False)  # whose GELU is another one on CUDA
-    net = Transformer(args.length, args.width, args.layers, args.heads, args.dropout)
-    if args.checkpoint:
-        net.eval().requires_grad_(False).load_state_dict(args.loaded["ema"])
-    if args.compile:
-        net.compile()
-    return net.to(device)
+def sample(run):
+    """Samples; process: q(x_t | x_0) of a test example, then samples as they emerge."""
+    record, text = [], run.text
 
+    def draw(first, n, record):
+        x_T = run.process.prior_sample((n, *run.shape))
+        return d3pm_sample(run.model, x_T, run.process, run.final_mode, record=record)
 
-@one_line_errors()
-def main(argv=None):
-    args = parse_args(argv)
-    steps, K, mask = args.num_steps or args.T, args.levels, None
-    if args.task == "infill" and args.transition != "absorbing":
-        raise ValueError("--task infill needs --transition absorbing, in training too")
-    if steps > args.T:
-        raise ValueError(f"--num-steps {steps} is more than --T {args.T}")
-    if steps < args.T and args.transition == "gaussian":
-        raise ValueError("--num-steps below --T needs --transition uniform or absorbing, in "
-                         "training too")
-    if args.text:
-        mask = 27 if args.transition == "absorbing" else None
-        K = 28 if mask else 27
-    diffusion = CategoricalDiffusion(K, args.T, args.transition, mask=mask)
-    device = setup(args)
-    diffusion.to(device)
-
-    def to_states(batch):
-        states = batch.to(device).long()
-        return states if args.text else states * K // 256
-
-    def to_uint8(x):
-        return (x * (255 / (K - 1))).round().to(torch.uint8)
-
-    def test_states(n):
-        if not args.text:
-            return to_states(test_images(args, n)[0])
-        chunks = load_text(args, train=False).unfold(0, args.length, args.length)
-        chosen = torch.randperm(len(chunks), generator=torch.Generator().manual_seed(args.seed))
-        return to_states(chunks[chosen[:n]])
-
-    data = None
-    if args.text:
-        shape, net = (args.length,), build_transformer(args, device)
-        if not args.checkpoint:  # a chunk begins at every character; they share their memory
-            data = (load_text(args, train=True).to(device).unfold(0, args.length, 1),)
+    if text:
+        texts = []
+        for first in range(0, run.num_samples, run.sample_batch_size):
+            n = min(run.sample_batch_size, run.num_samples - first)
+            seed_all(run.seed, "batch", first)
+            texts += map(to_text, draw(first, n, None if first else record))
+            report(f"{len(texts)} of {run.num_samples} texts")
+        (run.out / "samples.txt").write_text("\n\n".join(texts) + "\n")
     else:
-        if not args.checkpoint:
-            data = load_split(args, train=True)[:1]
-        C = args.image_channels
-        shape = (C, *args.image_size)
-        net = build_unet(args, C, 2 * C if args.head == "logistic" else K * C, device)
-    if data or args.task != "sample":
-        test_states(1)  # what is wrong with them is said now, not after the training
+        images, record = save_images(lambda *batch: to_uint8(run, draw(*batch)), run)
+        save_grid(images, run.out / "samples.png", columns=8)
+    times, rows = [0, *record_steps(run.process.T)], []
+    if record and run.test is not None:
+        x_0 = to_states(run, run.test[:1]).expand(len(times), *run.shape)
+        rows.append((times, run.process.q_sample(x_0, torch.tensor(times, device=run.device))))
+    if record:  # (n, 16, ...): at the recorded steps, and x_0
+        rows += [(times[::-1], x) for x in torch.stack(record, dim=1)[: 1 if text else 4]]
+    if record and text:
+        parts = [[f"{run.tau[t]:5d}  {to_text(x)}\n" for t, x in zip(*row, strict=True)]
+                 for row in rows]
+        (run.out / "process.txt").write_text("\n".join("".join(part) for part in parts))
+    elif record:
+        states = torch.cat([states for _, states in rows])
+        save_grid(to_uint8(run, states), run.out / "process.png", columns=len(times))
+    return {"n": run.num_samples, "final_mode": run.final_mode, **run.measured}
 
-    def model(x_t, t):
-        if args.text:  # which has no mask in it
-            return F.pad(call(net, args, x_t, t - 1), (0, K - 27), value=-math.inf)
-        x = 2 * x_t.float() / (K - 1) - 1
-        output = call(net, args, x, t - 1)
-        if args.head == "logistic":
-            mean, log_scale = output.chunk(2, dim=1)
-            return discretized_logistic_logits((x + mean).tanh(), log_scale, K)
-        return residual_logits(output.unflatten(1, (C, K)).movedim(2, -1), x_t)
 
-    def loss_fn(batch):
-        return d3pm_loss(model, to_states(batch), diffusion, args.hybrid)
+def bpd(run):
+    run.bf16, parts = False, []
+    for x_0 in to_states(run, run.test[: run.num_test]).split(run.sample_batch_size):
+        parts.append(bits_per_dim(run.model, x_0, run.process))
+    bits = {key: torch.cat([part[key] for part in parts]).cpu() for key in parts[0]}
+    n, mean = len(bits["total"]), {key: bits[key].mean().item() for key in ("total", "L_T", "L_0")}
+    mean["L_t"] = bits["L_t"].sum(1).mean().item()
+    mean["standard_error"] = bits["total"].std().item() / math.sqrt(n)
+    unit = "bits/char" if run.text else "bits/dim"
+    report(f"test {unit} <= " + "{total:.4f} +- {standard_error:.4f}, of which L_T {L_T:.6f}, L_1 "
+           "to L_T-1 {L_t:.4f}, L_0 {L_0:.4f}; n = ".format(**mean) + str(n))
+    return {"n": n, "split": "test", unit.replace("/", "_per_"): mean, **run.measured}
 
-    tau, stepped, process = [args.T * i // steps for i in range(steps + 1)], model, diffusion
-    if steps < args.T:
-        stepped, process = skip_steps(model, diffusion, tau[1:])
 
-    def sample():
-        record = []
+def filling(run):
+    """Test examples of which the first half, then about every second position is known."""
+    x, completions, rows = to_states(run, run.test[: run.num_test]), 3, []
+    places = run.shape[-1:] if run.text else run.shape[-2:]
+    first = torch.arange(math.prod(places), device=run.device) < math.prod(places) // 2
+    for known in (first, torch.rand(len(first), device=run.device) < 0.5):
+        known = known.view(places)
+        parts = x.repeat_interleave(completions, 0).split(run.sample_batch_size)
+        filled = torch.cat([infill(run.model, part, known, run.process) for part in parts])
+        given = torch.where(known, x, run.process.mask)
+        for i, chosen in enumerate(filled.split(completions)):
+            rows.append(torch.cat([given[i : i + 1], chosen, x[i : i + 1]]))
+    if run.text:
+        texts = ["\n".join(map(to_text, row)) for row in rows]
+        (run.out / "infill.txt").write_text("\n\n".join(texts) + "\n")
+    else:
+        save_grid(to_uint8(run, torch.cat(rows)), run.out / "infill.png", completions + 2)
+    return {"n": len(x), "split": "test", "completions": completions, **run.measured}
 
-        def draw(n):
-            x_T = process.prior_sample((n, *shape))
-            chain = None if record else record  # of the first batch
-            return d3pm_sample(stepped, x_T, process, args.final_mode, record=chain)
 
-        if args.text:
-            texts = []
-            while len(texts) < args.num_samples:
-                n = min(args.sample_batch_size, args.num_samples - len(texts))
-                texts += map(to_text, draw(n))
-                report(f"{len(texts)} of {args.num_samples} texts", last=True)
-            Path(args.out, "samples.txt").write_text("\n\n".join(texts) + "\n")
+TASKS = {"sample": sample, "bpd": bpd, "infill": filling}
+
+
+def check(run):
+    """ValueError for what does not go together."""
+    run.text = is_text(run.dataset)
+    if run.loaded:
+        was_text = run.loaded["settings"]["image_channels"] == 0
+        if run.dataset == run.loaded["settings"]["dataset"]:  # a file that may be gone
+            run.text = was_text
+        if run.text != was_text:
+            raise ValueError(f"--dataset {run.dataset}: the checkpoint is of "
+                             f"{'text' if was_text else 'images'}")
+    if run.text and run.flip:
+        raise ValueError("--flip mirrors images, not text")
+    if run.method == "multinomial" and (run.transition != "uniform" or run.hybrid):
+        raise ValueError("--method multinomial is the uniform transition with --hybrid 0")
+    if run.task == "infill" and run.transition != "absorbing":
+        raise ValueError("--task infill needs --transition absorbing, in training too")
+    if run.num_steps > run.T:
+        raise ValueError(f"--num-steps {run.num_steps} is more than --T {run.T}")
+
+
+def main(argv=None):
+    with one_line_errors():
+        fixed = ("transition", "T", "levels", "head", "length", "layers", "width", "heads")
+        run = read_args(argv, SETTINGS, preset, TASKS, fixed)
+        check(run)
+        steps = run.num_steps or run.T
+        K = (28 if run.transition == "absorbing" else 27) if run.text else run.levels
+        mask = 27 if K == 28 and run.text else None
+        process = CategoricalDiffusion(K, run.T, run.transition, mask=mask)
+        setup(run)
+        run.process = process.to(run.device)
+        if run.text:
+            data, run.shape = load_chunks(run), (run.length,)
+            net = Transformer(run.length, run.width, run.layers, run.heads, run.dropout)
+            run.model = text_model(prepare(run, net), K)
         else:
-            images = save_images(lambda n: to_uint8(draw(n)), args)
-            save_grid(images, Path(args.out, "samples.png"), columns=8)
-        times, rows = [0, *record_steps(steps)], []
+            data = load_data(run)
+            C, run.shape = run.image_channels, (run.image_channels, *run.image_size)
+            net = build_unet(run, C, 2 * C if run.head == "logistic" else K * C)
+            run.model = image_model(prepare(run, net), K, run.head)
+        model, run.tau = run.model, [run.T * i // steps for i in range(steps + 1)]
+        if steps < run.T:
+            run.model, run.process = skip_steps(model, process, run.tau[1:])
+        if data:
+            fit(net, lambda batch: d3pm_loss(model, to_states(run, batch), process, run.hybrid),
+                data[:1], run)
+        keys = ("method", "hybrid", "transition", "T")
+        run.measured = {key: getattr(run, key) for key in keys}
+        run.measured |= {"K": K, "evaluations": steps}
+        do_tasks(run, TASKS, also=("bpd",))
+
+
+# ---- Plumbing: the same text in all six scripts --------------------------------------------------
+
+SCRIPT = Path(__file__).stem
+WORLD = int(os.environ.get("WORLD_SIZE", 1))  # processes of torchrun, 1 without it
+RANK, LOCAL_RANK = (int(os.environ.get(k, 0)) * (WORLD > 1) for k in ("RANK", "LOCAL_RANK"))
+TORCHVISION = {"digits": "MNIST", "mnist": "MNIST", "fashion_mnist": "FashionMNIST",
+               "cifar10": "CIFAR10"}  # the digits are in assets, as files of MNIST's format
+IMAGE_TYPES = ".jpg .jpeg .jfif .png .webp .bmp .gif .tif .tiff .ppm .pgm".split()
+COMMON = dict(  # flags of every script beside its settings
+    dataset="digits", data_dir="data", image_channels=0, out="", checkpoint="", resume=False,
+    seed=0, device="auto", compile=False, bf16=False,
+)
+HELP = dict(line.split(": ", 1) for line in """\
+dataset: digits, mnist, fashion_mnist, cifar10 or a folder of images
+data_dir: where torchvision downloads to
+image_channels: 1 for grey, 3 for colour, 0 for what the images are
+out: run folder, by default runs/SCRIPT-DATASET, or TASK beside the checkpoint
+checkpoint: do not train, take the EMA weights and settings of this file
+resume: continue the training in the run folder
+seed: of all random numbers
+device: cuda, mps or cpu; auto takes the first there is
+compile: torch.compile the network
+bf16: run the network in bfloat16, except where likelihoods are measured
+steps: training steps in all
+batch_size: examples a step, of all processes together
+lr: Adam's learning rate
+warmup: steps in which the learning rate rises to --lr
+lr_decay: p, after the warmup the learning rate falls as step^-p
+grad_clip: largest norm of the gradient, 0 for any
+ema_decay: of the averaged weights, 0 for no average
+flip: mirror training images at random
+image_size: pixels, N or H W, other images are resized
+channels: of the network's first level
+channel_mult: U-Net, channels of each level / --channels
+num_res_blocks: U-Net, residual blocks of a level
+attention_resolutions: U-Net, size of the levels with attention
+dropout: rate in the network's blocks
+num_samples: examples to sample
+sample_batch_size: examples sampled or tested at a time
+log_every: steps between two lines of log.jsonl
+save_every: steps between two checkpoints""".splitlines())
+NETWORK = ("image_channels", "image_size", "channels", "channel_mult", "num_res_blocks",
+           "attention_resolutions")
+MAY_BE_0 = ("image_channels seed warmup lr_decay grad_clip ema_decay dropout hybrid guidance eta "
+            "data_noise sigma_max levels eps mix_at num_steps").split()
+ADVICE = {  # for errors of the machine: what their text has in it, and what to do
+    "allocate|out of memory|ALLOC_FAILED": "the memory is full: lower --batch-size, "
+                                           "--sample-batch-size, --channels or --image-size",
+    "[Cc]ompiler": "--compile needs a C++ compiler (g++ or clang): install one or leave it out",
+    "PytorchStreamWriter|unexpected pos": "cannot write the checkpoint: is the disk full?",
+    "loading state_dict": "the checkpoint's weights do not fit its settings",
+}
+
+
+def report(line):
+    if RANK == 0:
+        print(line, flush=True)
+
+
+def fail(message):
+    print(f"{SCRIPT}.py: error: {' '.join(str(message).split())}", file=sys.stderr)
+    sys.exit(2)
+
+
+@contextlib.contextmanager
+def one_line_errors():
+    """What a user can get wrong, or the machine lacks, ends with one line and exit code 2."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # a code page may lack a folder's name
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        fail(error)
+    except RuntimeError as error:
+        for pattern, advice in ADVICE.items():
+            if re.search(pattern, str(error)):
+                fail(f"{advice} ({str(error).splitlines()[0]})")
+        raise
+
+
+def seed_all(*key):
+    """Make the random numbers from here on a function of key, such as (seed, step, process)."""
+    torch.manual_seed(zlib.crc32(repr(key).encode()))
+
+
+def read_args(argv, settings, preset, tasks, fixed=(), reads=()):
+    """The arguments as a namespace, `run`: a flag beats the checkpoint's value, which beats
+    preset(arguments), which beats settings, {name: value or (value, help)}. What is `fixed` must
+    agree with the checkpoint; reads: other scripts whose checkpoints will do."""
+    argv = sys.argv[1:] if argv is None else argv
+    show = argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(f"{SCRIPT}.py", None, __doc__.split("\n\n")[0],
+                                     formatter_class=show)
+    parser.error = fail
+    settings = COMMON | {"task": (tuple(tasks), "what to do with the trained network")} | settings
+    for key, value in settings.items():
+        value, text = value if key not in HELP else (value, HELP[key])
+        options = {"type": type(value)}
+        if isinstance(value, bool):
+            options = {"action": argparse.BooleanOptionalAction}
+        elif isinstance(value, tuple) and isinstance(value[0], str):  # choices, default first
+            options, value = {"choices": value}, value[0]
+        elif isinstance(value, tuple):
+            options = {"type": int, "nargs": "*" if key == "attention_resolutions" else "+"}
+        parser.add_argument(f"--{key.replace('_', '-')}", default=value, help=text, **options)
+    early, _ = parser.parse_known_args([word for word in argv if word not in ("-h", "--help")])
+    out = early.out or f"runs/{SCRIPT}-{Path(early.dataset).resolve().name}"
+    loaded, saved = None, {}
+    if early.checkpoint or early.resume:
+        methods = (SCRIPT,) if early.resume else (SCRIPT, *reads)
+        loaded = load_checkpoint(early.checkpoint or f"{out}/checkpoint.pt", methods)
+        saved = loaded["settings"]
+        if loaded["method"] != SCRIPT:  # take what the network is, not how it samples
+            known = (*NETWORK, *fixed, "dataset", "data_dir", "classes")
+            saved = {key: saved[key] for key in known if key in saved}
+        early.dataset = saved["dataset"]
+    parser.set_defaults(**{"classes": ()} | preset(early) | saved)
+    run = parser.parse_args(argv)
+    if run.checkpoint and run.resume:
+        fail("--resume continues the run folder's own checkpoint: leave out --checkpoint")
+    for key in settings:
+        value = getattr(run, key)
+        value = tuple(value) if isinstance(value, list) else value
+        for x in value if isinstance(value, tuple) else (value,):
+            if type(x) in (int, float) and not 0 < x < math.inf and (x or key not in MAY_BE_0):
+                fail(f"--{key.replace('_', '-')}: {x} is not a positive number")
+        setattr(run, key, value)
+    if len(run.image_size) > 2:
+        fail("--image-size takes one number, or height and width")
+    run.image_size = (run.image_size[0], run.image_size[-1])
+    for key in (*NETWORK, *fixed):
+        if saved.get(key, getattr(run, key)) != getattr(run, key):
+            fail(f"--{key.replace('_', '-')}: the checkpoint was trained with {saved[key]}")
+    beside = run.checkpoint and not run.out
+    run.out = Path(run.checkpoint).parent / run.task if beside else Path(out)
+    run.trains = not run.checkpoint
+    run.loaded, run.file = loaded, "checkpoint.pt"
+    machine = ("task", "out", "checkpoint", "resume", "device", "compile")
+    run.keys = [key for key in (*settings, "classes") if key not in machine]  # a checkpoint's
+    return run
+
+
+def setup(run):
+    """Choose the device, make the run folder, join the processes of torchrun, seed the weights."""
+    name = run.device
+    if name == "auto":
+        mps = "mps" if torch.backends.mps.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else mps
+    name = f"cuda:{LOCAL_RANK}" if name == "cuda" else name
+    try:
+        run.device = torch.device(name)
+        torch.zeros(1, device=run.device).item()
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"no device {name} here: {str(error).splitlines()[0]}") from error
+    if run.device.type == "cuda":
+        torch.cuda.set_device(run.device)
+        torch.set_float32_matmul_precision("high")  # TF32
+        torch.backends.cudnn.benchmark = True
+    step = run.loaded["step"] if run.checkpoint else run.steps
+    arguments = {"task": run.task, "checkpoint": run.checkpoint, "step": step}
+    arguments |= {key: getattr(run, key) for key in run.keys}
+    run.results, run.arguments = run.out / "results.json", json.loads(json.dumps(arguments))
+    again = run.checkpoint and read_results(run).get("arguments") == run.arguments  # interrupted
+    if RANK == 0 and not run.resume and not again and run.out.exists() and any(run.out.iterdir()):
+        resume = "continue with --resume or " * (run.out / "checkpoint.pt").exists()
+        raise ValueError(f"{run.out} is not empty: {resume}name another folder with --out")
+    run.out.mkdir(parents=True, exist_ok=True)
+    if WORLD > 1:
+        gpu = {"backend": "nccl", "device_id": run.device} if run.device.type == "cuda" else {}
+        patience = datetime.timedelta(hours=2)  # while the first process downloads
+        dist.init_process_group(**gpu or {"backend": "gloo"}, timeout=patience)
+    torch.manual_seed(run.seed)  # the same initial weights in every process
+
+
+def find_images(root):
+    """Of each image below root, training images first: is it for testing, its path, its class or
+    "". Splits are folders train and test, val, valid or validation, else a hash of the path."""
+    paths, left_out, rows = [], 0, []
+    for folder, inner, names in os.walk(root, onerror=fail, followlinks=True):
+        here, own = Path(folder).resolve(), "results.json" in names and Path(folder) != root
+        inner[:] = [name for name in inner if name[0] != "." and name != "__MACOSX" and not own
+                    and not here.is_relative_to(Path(folder, name).resolve())]  # a loop of links
+        names = [name for name in names if name[0] != "." and name != "Thumbs.db" and not own]
+        known = [name for name in names if Path(name).suffix.lower() in IMAGE_TYPES]
+        paths += [Path(folder, name).relative_to(root) for name in known]
+        left_out += len(names) - len(known)
+    tops = [path.parts[0].lower() for path in paths]
+    tests = [name for name in ("test", "val", "valid", "validation") if name in tops]
+    for path, top in zip(paths, tops, strict=True):
+        key, folders = zlib.crc32(path.as_posix().encode()), (*path.parts[:-1], "")
+        if "train" not in tops or not tests:
+            rows.append((key % 10 == 0, path, folders[0], key))
+        elif top in ("train", tests[0]):
+            rows.append((top == tests[0], path, folders[1], key))
+    if left_out + len(paths) > len(rows):
+        report(f"{root}: {left_out + len(paths) - len(rows)} other files are left out")
+    least = min(rows, key=lambda row: row[3])[3] if rows else 0
+    if not any(row[0] for row in rows):
+        rows = [(key == least, path, name, key) for _, path, name, key in rows]
+    if all(row[0] for row in rows):
+        raise ValueError(f"{root} holds {len(rows)} images ({' '.join(IMAGE_TYPES)}): 2 are needed")
+    return [row[:3] for row in sorted(rows)]
+
+
+def load_folder(run):
+    """Images and labels of both splits, as load_images; without training images if there is a
+    checkpoint. Sets run.classes and run.unlabelled, the images in no class's folder."""
+    root, (H, W), errors, grey = Path(run.dataset), run.image_size, [], []
+    rows = find_images(root)
+    run.classes = run.classes or tuple(sorted({name for _, _, name in rows if name}))
+    rows = [row for row in rows if row[0] or run.trains]
+    run.unlabelled = [str(root / path) for _, path, name in rows if name not in run.classes]
+    number = {name: i for i, name in enumerate(run.classes)}
+    labels = torch.tensor([number.get(name, -1) for _, _, name in rows])
+    mode = "L" if run.image_channels == 1 else "RGB"
+    images = torch.empty(len(rows), len(mode), H, W, dtype=torch.uint8)
+
+    def read(i):
+        file = root / rows[i][1]
         try:
-            x_0 = test_states(1).expand(len(times), *shape)
-            rows.append((times, process.q_sample(x_0, torch.tensor(times, device=device))))
-        except (ValueError, OSError) as error:
-            report(f"the process goes without its forward part: {error}", last=True)
-        chains = torch.stack(record, dim=1)  # (n, 16, ...): at the recorded steps, and x_0
-        rows += [(times[::-1], chain) for chain in chains[: 1 if args.text else 4]]
-        if args.text:
-            parts = [
-                [f"{tau[t]:5d}  {to_text(x)}\n" for t, x in zip(*row, strict=True)] for row in rows
-            ]
-            Path(args.out, "process.txt").write_text("\n".join("".join(part) for part in parts))
-        else:
-            states = torch.cat([states for _, states in rows])
-            save_grid(to_uint8(states), Path(args.out, "process.png"), columns=len(times))
-        return {"n": args.num_samples, "final_mode": args.final_mode, "evaluations": steps}
+            image = Image.open(file)
+            if image.mode[0] in "IF":
+                raise ValueError("more than 8 bits a channel: convert it to 8")
+            with contextlib.suppress(Exception):  # a broken EXIF block is no reason to stop
+                image = ImageOps.exif_transpose(image)
+            if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            images[i] = pil_to_tensor(ImageOps.fit(image.convert(mode), (W, H)))
+            grey.append(torch.equal(images[i, :1].expand_as(images[i]), images[i]))
+        except Exception as error:  # whatever a broken file makes a decoder raise
+            errors.append(f"{file}: {error}")
 
-    def bpd():
-        args.bf16 = False
-        batches = test_states(args.num_test).split(args.sample_batch_size)
-        parts = [bits_per_dim(stepped, x_0, process) for x_0 in batches]
-        bits = {key: torch.cat([part[key] for part in parts]).cpu() for key in parts[0]}
-        bits["L_t"] = bits["L_t"].sum(1)
-        mean = {key: bits[key].mean().item() for key in ("total", "L_T", "L_t", "L_0")}
-        n = len(bits["total"])
-        mean["standard_error"] = bits["total"].std().item() / math.sqrt(n)
-        unit = "bits/char" if args.text else "bits/dim"
-        report(f"test {unit} <= " + "{total:.4f} +- {standard_error:.4f}, of which L_T {L_T:.6f}, "
-               "L_1 to L_T-1 {L_t:.4f}, L_0 {L_0:.4f}; n = ".format(**mean) + str(n), last=True)
-        return {"n": n, "split": "test", "evaluations": steps, unit.replace("/", "_per_"): mean}
+    Image.MAX_IMAGE_PIXELS = None  # these limits are for servers: here the user chose the files
+    PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**30
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(read, range(len(rows))))
+    if errors:
+        raise ValueError(f"{len(errors)} of {len(rows)} images cannot be read: {min(errors)}")
+    if all(grey) and not run.image_channels:
+        images = images[:, :1].clone()
+    n = [row[0] for row in rows].index(True)  # training images come first
+    return (images[:n], labels[:n]), (images[n:], labels[n:])
 
-    def filling():
-        x, completions = test_states(args.num_test), 3
-        places = shape[-1:] if args.text else shape[-2:]
-        first = torch.arange(math.prod(places), device=device) < math.prod(places) // 2
-        rows = []
-        for known in (first, torch.rand(len(first), device=device) < 0.5):  # half, every second
-            known = known.view(places)
-            parts = x.repeat_interleave(completions, 0).split(args.sample_batch_size)
-            filled = torch.cat([infill(stepped, part, known, process) for part in parts])
-            given = torch.where(known, x, mask or K // 2)
-            for i, chosen in enumerate(filled.split(completions)):
-                rows.append(torch.cat([given[i : i + 1], chosen, x[i : i + 1]]))
-        if args.text:
-            texts = ["\n".join(map(to_text, row)) for row in rows]
-            Path(args.out, "infill.txt").write_text("\n\n".join(texts) + "\n")
-        else:
-            save_grid(to_uint8(torch.cat(rows)), Path(args.out, "infill.png"), completions + 2)
-        return {"n": len(x), "split": "test", "completions": completions}
 
-    tasks = {"sample": sample, "bpd": bpd, "infill": filling}
-    run(args, tasks, net, loss_fn, data, also=("bpd",), method=args.method, hybrid=args.hybrid,
-        transition=args.transition, T=args.T, K=K)
+def load_images(run):
+    """Training images (N, C, H, W) uint8 and labels (N,) int64, -1 for none; the same of the test
+    split. Sets run.image_channels and run.classes, the names of the labels."""
+    if run.dataset in TORCHVISION:
+        own = run.dataset == "digits"
+        root = str(Path(__file__).parent / "assets") if own else run.data_dir
+        kind = getattr(torchvision.datasets, TORCHVISION[run.dataset])
+        if RANK > 0:
+            dist.barrier()  # only the first process downloads
+        try:
+            parts = [kind(root, train=train, download=not own) for train in (True, False)]
+        except (RuntimeError, OSError) as error:
+            raise OSError(f"cannot download {run.dataset} ({error}); without a network put its "
+                          f"files where torchvision looks for them, below {root}") from error
+        if RANK == 0 and WORLD > 1:
+            dist.barrier()
+        run.classes = tuple(parts[0].classes)
+        parts = [(torch.as_tensor(x.data), torch.as_tensor(x.targets)) for x in parts]
+        parts = [(x[:, None] if x.dim() == 3 else x.permute(0, 3, 1, 2), y) for x, y in parts]
+    elif Path(run.dataset).is_dir():
+        parts = load_folder(run)
+    else:
+        raise ValueError(f"no data set {run.dataset}: take {', '.join(TORCHVISION)} or a folder")
+    run.image_channels = run.image_channels or parts[0][0].shape[1]
+    if parts[0][0].shape[1] != run.image_channels:
+        raise ValueError(f"{run.dataset}: the network takes {run.image_channels} channels")
+    return [(resize(x, list(run.image_size), antialias=True).contiguous(), y) for x, y in parts]
+
+
+def load_data(run):
+    """Training images and labels, on the device if they are small; sets run.test and
+    run.test_labels, in an order that --seed draws. Samples need no data: there both may be None."""
+    run.test, run.unlabelled = None, []
+    try:
+        train, test = load_images(run)
+        order = torch.randperm(len(test[0]), generator=torch.Generator().manual_seed(run.seed))
+        run.test, run.test_labels = (part[order].to(run.device) for part in test)
+    except (ValueError, OSError) as error:
+        if not run.checkpoint or run.task != "sample":
+            raise
+        report(f"process.png goes without its first row: {error}")
+    if not run.trains:
+        return None
+    few = train[0].nbytes < 2**32  # 4 GB
+    return [part.to(run.device) if few else part for part in train]
+
+
+def prepare(run, net):
+    """Move net to the device, with a checkpoint's EMA weights if there is one. Returns a function
+    of net's inputs that is float32 outside and, with --bf16, bfloat16 inside."""
+    if run.checkpoint:
+        net.eval().requires_grad_(False).load_state_dict(run.loaded["ema"])
+    if run.compile:
+        net.compile()
+    run.net = net.to(run.device)
+
+    def call(*inputs):
+        with torch.autocast(run.device.type, torch.bfloat16, enabled=run.bf16):
+            return net(*inputs).float()
+
+    return call
+
+
+def build_unet(run, in_channels, out_channels):
+    shape = (run.channels, run.channel_mult, run.num_res_blocks, run.attention_resolutions)
+    return UNet(in_channels, out_channels, *shape, run.dropout, max(run.image_size))
+
+
+def save_checkpoint(path, state):
+    """Write beside path, flush to the disk, rename: path is the old file or the new, never half."""
+    with open(f"{path}.part", "wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(f"{path}.part", path)
+
+
+def load_checkpoint(path, methods):
+    """The checkpoint, on the CPU. torch.load takes a flipped byte for data: the archive's checksums
+    come first. weights_only keeps a hostile file from running code."""
+    if not Path(path).is_file():
+        raise ValueError(f"there is no checkpoint {path}")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            headers = [(r.file_size - r.compress_size, r.external_attr) for r in archive.infolist()]
+            if any(map(any, headers)) or archive.testzip() is not None:
+                raise ValueError("a size, a flag or a checksum is wrong")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        method, _, _ = state["method"], state["ema"], state["settings"]["dataset"]
+    except Exception as error:  # whatever a damaged file makes zipfile and the unpickler raise
+        raise ValueError(f"cannot read the checkpoint {path}: truncated, damaged, written by an "
+                         "older version or not by these scripts") from error
+    if method not in methods:
+        raise ValueError(f"{path} is a checkpoint of {method}.py, not of {' or '.join(methods)}.py")
+    return state
+
+
+def fit(net, loss_fn, data, run):
+    """Train to step run.steps, write log.jsonl and run.file, leave the EMA weights in net.
+
+    data: tensors of one length, of which each step draws rows; loss_fn(*rows): a scalar. A step is
+    a function of the weights and (seed, step, process), so that a resumed run equals an
+    uninterrupted one. Ctrl-C, SIGTERM and SIGHUP save. A step that is not finite changes nothing.
+    """
+    if run.batch_size % WORLD:
+        raise ValueError(f"--batch-size {run.batch_size} is not a multiple of {WORLD} processes")
+    weights, log, step = list(net.parameters()), run.out / "log.jsonl", 0
+    optimizer = torch.optim.Adam(weights, run.lr, fused=True)
+    ema = copy.deepcopy(net).eval().requires_grad_(False)
+    running = torch.zeros(2, device=run.device)  # sum and number of the losses since the last line
+    size, start = {"n": len(data[0]), "parameters": sum(p.numel() for p in weights)}, time.time()
+    report(f"{[*data[0].shape]} data, {size['parameters']:,} parameters, to {run.out}")
+    if run.resume:
+        state, step = run.loaded, run.loaded["step"]
+        if step > run.steps:
+            raise ValueError(f"--steps {run.steps}: the checkpoint has done {step} already")
+        for part, key in ((net, "model"), (ema, "ema"), (optimizer, "optimizer")):
+            part.load_state_dict(state[key])
+        running += state["running"].to(run.device)
+        if RANK == 0 and log.exists():  # later steps happen again: drop their lines
+            lines = [line for line in log.read_text().splitlines() if line.endswith("}")]
+            log.write_text("".join(f"{x}\n" for x in lines if json.loads(x)["step"] <= step))
+    signals, stopped, seen, since = [], False, step, start
+    stops = [getattr(signal, name, None) for name in ("SIGINT", "SIGTERM", "SIGHUP")]
+    stops = {s: signal.getsignal(s) for s in stops if s and signal.getsignal(s) != signal.SIG_IGN}
+    for stop in stops:
+        signal.signal(stop, lambda number, _: signals.append(number))
+    net.train()
+    while step < run.steps and not stopped:
+        step += 1
+        seed_all(run.seed, step, RANK)
+        warm = step / max(1, run.warmup)
+        for group in optimizer.param_groups:
+            group["lr"] = run.lr * min(1, warm, warm**-run.lr_decay)
+        rows = torch.randint(len(data[0]), (run.batch_size // WORLD,), device=data[0].device)
+        batch = [part[rows].to(run.device) for part in data]
+        if run.flip:
+            mirror = torch.rand(len(rows), 1, 1, 1, device=run.device) < 0.5
+            batch[0] = torch.where(mirror, batch[0].flip(-1), batch[0])
+        optimizer.zero_grad()
+        loss = loss_fn(*batch)
+        loss.backward()
+        loss = loss.detach()
+        if WORLD > 1:  # loss and gradients become the means over all processes, in one message
+            parts = [loss, *[p.grad for p in weights]]
+            means = torch.cat([part.flatten() for part in parts]) / WORLD
+            dist.all_reduce(means)
+            for part, mean in zip(parts, means.split([x.numel() for x in parts]), strict=True):
+                part.copy_(mean.view_as(part))
+        norm = nn.utils.clip_grad_norm_(weights, run.grad_clip or math.inf)
+        finite = loss.isfinite() & norm.isfinite()  # a tensor: whoever reads it waits for the GPU
+        optimizer.found_inf = 1 - finite.float()  # at 1 the fused Adam does nothing
+        optimizer.step()
+        with torch.no_grad():
+            decay = min(run.ema_decay, (1 + step) / (10 + step))
+            torch._foreach_lerp_(list(ema.parameters()), weights, 1 - decay)
+            running += torch.where(finite, torch.stack([loss, torch.ones_like(loss)]), 0.0)
+        stopped = bool(signals) and WORLD == 1
+        if step == 1 or step % run.log_every == 0:
+            (total, count), norm = running.tolist(), norm.item()
+            running.zero_()
+            if count == 0:
+                fail(f"no loss and gradient since the last log line, to step {step}, is finite: "
+                     "lower --lr")
+            if WORLD > 1:  # all processes stop at the same step
+                stop = torch.tensor(float(len(signals)), device=run.device)
+                dist.all_reduce(stop)
+                stopped = stop.item() > 0
+            pace = (time.time() - since) / (step - seen)  # seconds a step
+            seen, since = step, time.time()
+            left = datetime.timedelta(seconds=round(pace * (run.steps - step)))
+            report(f"step {step} of {run.steps}: loss {total / count:.4f}, "
+                   f"{run.batch_size / pace:.0f} examples/s, {left} left")
+            line = {"step": step, "loss": total / count, "grad_norm": norm, "lr": group["lr"]}
+            if RANK == 0:
+                with open(log, "a") as file:
+                    file.write(json.dumps(line) + "\n")
+        if RANK == 0 and (step % run.save_every == 0 or step == run.steps or stopped):
+            save_checkpoint(run.out / run.file, {
+                "method": SCRIPT, "step": step, "settings": {k: getattr(run, k) for k in run.keys},
+                "model": net.state_dict(), "ema": ema.state_dict(),
+                "optimizer": optimizer.state_dict(), "running": running,
+            })
+    for stop, handler in stops.items():
+        signal.signal(stop, handler)
+    if stopped:
+        report(f"stopped after step {step}, which is saved: continue with --resume")
+        sys.exit(128 + (signals or [signal.SIGTERM])[0])
+    net.eval().requires_grad_(False).load_state_dict(ema.state_dict())
+    save_results(run, train={"step": step, **size, "seconds": round(time.time() - start, 1)})
+
+
+def save_grid(images, path, columns, labels=()):
+    """uint8 images (N, C, H, W) as one PNG, small ones enlarged; labels: a text beside each row."""
+    scale = max(1, 48 // images.shape[3])
+    images = images.cpu().repeat_interleave(scale, 2).repeat_interleave(scale, 3)
+    grid = to_pil_image(make_grid(images, columns, pad_value=96))
+    if labels:
+        height, width = images.shape[2] + 2, 7 * max(map(len, labels))
+        grid = ImageOps.expand(grid, (width, 0, 0, 0), "white")
+        for row, label in enumerate(labels):
+            ImageDraw.Draw(grid).text((6, row * height + height // 2 - 5), label, fill="black")
+    if RANK == 0:
+        grid.save(path)
+
+
+def save_images(draw, run):
+    """Make images/NNNNNN.png of draw(first, n, record) -> (n, C, H, W) uint8, in batches. Each is a
+    function of (seed, first): processes share them, and what exists is not drawn again.
+    Returns at most 100 images, and the states of the first batch if it was drawn here and now."""
+    folder, record = run.out / "images", []
+    if RANK == 0:
+        if read_results(run).get("arguments") != run.arguments:
+            shutil.rmtree(folder, ignore_errors=True)  # they are images of other settings
+        save_results(run, arguments=run.arguments)
+        folder.mkdir(exist_ok=True)
+    if WORLD > 1:
+        dist.barrier()
+    files = [folder / f"{i:06d}.png" for i in range(run.num_samples)]
+    for first in range(0, run.num_samples, run.sample_batch_size)[RANK::WORLD]:
+        batch = files[first : first + run.sample_batch_size]
+        new = first == 0 and not (run.out / "process.png").exists()
+        if new or not all(file.exists() for file in batch):
+            seed_all(run.seed, "batch", first)
+            images = draw(first, len(batch), record if first == 0 else None).cpu()
+            for image, file in zip(images, batch, strict=True):
+                to_pil_image(image).save(f"{file}.part", "png")
+                os.replace(f"{file}.part", file)
+            report(f"{first + len(batch)} of {run.num_samples} images")
+    if WORLD > 1:
+        dist.barrier()
+    seed_all(run.seed, "process")  # whichever batches were drawn here
+    return torch.stack([pil_to_tensor(Image.open(file)) for file in files[:100]]), record
+
+
+def read_results(run):
+    return json.loads(run.results.read_text()) if run.results.exists() else {}
+
+
+def save_results(run, **entries):
+    if RANK == 0:
+        run.results.write_text(json.dumps(read_results(run) | entries, indent=2) + "\n")
+
+
+def do_tasks(run, tasks, also=()):
+    """Do run.task and, after training for `sample`, the tasks `also`; what they return goes into
+    results.json, with what repeats it."""
+    for name in (run.task, *(also if run.task == "sample" and not run.checkpoint else ())):
+        seed_all(run.seed, name)
+        start = time.time()
+        measured = {"step": run.arguments["step"], "weights": "EMA", **tasks[name](run),
+                    "dataset": run.dataset, "classes": run.classes, "seed": run.seed,
+                    "torch": torch.__version__, "torchvision": torchvision.__version__,
+                    "date": time.strftime("%Y-%m-%d"), "seconds": round(time.time() - start, 1)}
+        save_results(run, **{name: measured})
+    if WORLD > 1:
+        dist.destroy_process_group()
+    report(f"{run.out} holds {', '.join(sorted(file.name for file in run.out.iterdir()))}")
 
 
 if __name__ == "__main__":

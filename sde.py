@@ -1,8 +1,8 @@
 """Score-Based Generative Modeling through Stochastic Differential Equations (Song, Sohl-Dickstein,
 Kingma, Kumar, Ermon, Poole 2021, arXiv:2011.13456).
 
-Implements: Eq. (4), (6), (7), (8), (10), (12), (13), (29), (30), (31), (32), (34), (39), (40),
-(43), (44), (46), (47), (49); Alg. 1, 4, 5; and NCSNv2's Technique 1.
+Implements: Eq. (4), (6), (7), (8), (9), (10), (11), (12), (13), (29), (30), (31), (32), (34), (39),
+(40), (43), (44), (46), (47), (49); Alg. 1, 4, 5; Fig. 6; and NCSNv2's Technique 1.
 
     t               time, 0 (data) ... 1 (noise, the paper's T)     (B,) float
     x_0             8-bit images scaled linearly                    (B, C, H, W), VE: in [0, 1],
@@ -17,8 +17,8 @@ Implements: Eq. (4), (6), (7), (8), (10), (12), (13), (29), (30), (31), (32), (3
     python sde.py --checkpoint runs/sde-digits/checkpoint.pt --predictor ode
     python sde.py --checkpoint runs/ddpm-digits/checkpoint.pt --task bpd    what ddpm.py trained
 
-Measured results stand in README.md. Deviations from the paper and the released code:
-1. The network is DDPM's U-Net. For VE, too, it is fed 999 t, which is linear in log sigma. The
+README.md has measured results. Deviations from the paper and the released code:
+1. The network is DDPM's U-Net. It takes 999 t for VE, too, which is linear in log sigma. The
    classifier is its first half; the paper's is a Wide ResNet.
 2. N + 1 even times lead from 1 to eps; a step's beta_i is beta(t_i) times its length. The released
    code corrects first, and takes 1 / N for steps of another length.
@@ -29,9 +29,33 @@ Measured results stand in README.md. Deviations from the paper and the released 
    where its ODE's samples are denoised.
 """
 
+import argparse
+import contextlib
+import copy
+import datetime
+import json
 import math
+import os
+import re
+import shutil
+import signal
+import sys
+import time
+import zipfile
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
 
 import torch
+import torch.distributed as dist
+import torchvision
+from PIL import Image, ImageDraw, ImageOps, PngImagePlugin
+from torch import nn
+from torchvision.transforms.functional import pil_to_tensor, resize, to_pil_image
+from torchvision.utils import make_grid
+
+from unet import UNet, group_norm, time_embedding
 
 # ---- The method ----------------------------------------------------------------------------------
 
@@ -52,7 +76,7 @@ class VE:
     def drift_diffusion(self, x, t):
         """f like x and g (B,) of dx = f dt + g dw."""
         g = self.sigma(t) * math.sqrt(2 * math.log(self.sigma_max / self.sigma_min))
-        return torch.zeros_like(x), g  # Eq. (30)
+        return torch.zeros_like(x), g  # Eq. (9), (30)
 
     def marginal(self, x_0, t):
         """Mean like x_0 and deviation (B,) of p(x(t) | x_0)."""
@@ -102,7 +126,7 @@ class VP:
 
     def drift_diffusion(self, x, t):
         beta = self.beta(t)
-        return -0.5 * expand(beta, x) * x, beta.sqrt()  # Eq. (32)
+        return -0.5 * expand(beta, x) * x, beta.sqrt()  # Eq. (11), (32)
 
     def marginal(self, x_0, t):
         log_mean = self.log_mean(t)
@@ -128,7 +152,7 @@ class VP:
 
 
 class SubVP(VP):
-    """The sub-VP SDE: VP's mean, at every t less variance. Ancestral sampling is not defined."""
+    """The sub-VP SDE: VP's mean with a variance below VP's. Ancestral sampling is not defined."""
 
     ancestral = None
 
@@ -144,6 +168,11 @@ class SubVP(VP):
         return euler_maruyama(self, x, t, dt)
 
 
+def precision(device):
+    """The dtype of tables: float64, which only mps does not have."""
+    return torch.float32 if torch.device(device).type == "mps" else torch.float64
+
+
 def expand(a, x):
     """a (B,) -> (B, 1, ..., 1) in x's dtype, to multiply x (B, ...)."""
     return a.to(x.dtype).view(-1, *[1] * (x.dim() - 1))
@@ -155,9 +184,24 @@ def gaussian_logp(z, std):
     return -0.5 * z.square().sum(1) - z.shape[1] * math.log(std * math.sqrt(2 * math.pi))
 
 
-def precise(x):
-    """The dtype of times and of the solver's state: float64, which only mps does not have."""
-    return torch.float32 if x.device.type == "mps" else torch.float64
+def score_model(net, sde, T=None):
+    """s_theta(x, t) from a network that predicts the noise of images in [-1, 1] and takes 999 t for
+    its time. T: a network of ddpm.py with T steps, which counts them from 0, takes T t - 1."""
+    low, high = sde.data_range
+
+    def score(x, t):
+        eps = net(2 * (x - low) / (high - low) - 1, T * t - 1 if T else 999 * t)
+        return -eps / expand(sde.marginal(x, t)[1], x)
+
+    return score
+
+
+def ddpm_process(T, beta_1, beta_T):
+    """The VP SDE whose discretisation in T steps DDPM is: its first step, where sampling and
+    likelihood end, is t = 1 / T (App. B)."""
+    sde = VP(T * beta_1, T * beta_T)
+    sde.eps = 1 / T
+    return sde
 
 
 def dsm_loss(score, x_0, sde, t_min=1e-5):
@@ -177,8 +221,8 @@ CORRECTORS = ("none", "langevin", "ald")
 
 
 def euler_maruyama(sde, x, t, dt):
-    """f like x and G (B,) of the step x(t) = x(t - dt) + f + G z by the Euler-Maruyama rule, both
-    taken at its end, where the reverse step that needs them starts."""
+    """f like x and G (B,) of the Euler-Maruyama step x(t) = x(t - dt) + f + G z. Both are evaluated
+    at t, because the reverse step goes from t to t - dt."""
     f, g = sde.drift_diffusion(x, t)
     return f * dt, g * math.sqrt(dt)
 
@@ -229,7 +273,7 @@ def check_sampler(sde, N, predictor, corrector):
     if predictor == "ancestral" and sde.ancestral is None:
         raise ValueError("ancestral sampling is not defined for the sub-VP SDE")
     euler = predictor == "euler_maruyama" or isinstance(sde, SubVP)
-    free = euler and corrector == "none"  # of beta_i, which is below 1
+    free = euler and corrector == "none"  # these never use 1 - beta_i, which must be positive
     if N < 1 or not free and sde.alpha(1.0, 1 / N) <= 0:
         raise ValueError(f"N = {N} steps are too few: beta(1) / N is not below 1")
 
@@ -245,7 +289,7 @@ def pc_sample(score, sde, x_T, N=1000, predictor="reverse_diffusion", corrector=
     """
     check_sampler(sde, N, predictor, corrector)
     dt = (1 - sde.eps) / N
-    times = torch.linspace(sde.eps, 1, N + 1, dtype=precise(x_T), device=x_T.device)
+    times = torch.linspace(sde.eps, 1, N + 1, dtype=precision(x_T.device), device=x_T.device)
     times = times[:, None].expand(-1, len(x_T))  # (N + 1, B), index = the step i
     recorded = () if record is None else record_steps(N)
     constrain = constrain or (lambda x, t: x)
@@ -267,11 +311,106 @@ def pc_sample(score, sde, x_T, N=1000, predictor="reverse_diffusion", corrector=
 
 
 def record_steps(T):
-    """The at most 15 evenly spaced steps of 1..T whose states a sampler records, ascending."""
-    return sorted({-(-T * k // 15) for k in range(1, 16)})
+    """At most 15 evenly spaced steps of 1..T, ascending: a sampler records its states there."""
+    return sorted({math.ceil(T * k / 15) for k in range(1, 16)})
 
 
 # The probability flow ODE, Sec. 4.3
+
+def probability_flow(score, sde, dtype):
+    """drift(x, t) of the ODE whose x(t) has the SDE's densities; score takes this dtype."""
+
+    def drift(x, t):
+        f, g = sde.drift_diffusion(x, t)
+        s = score(x.to(dtype), t.to(dtype)).to(x.dtype)
+        return f - 0.5 * expand(g**2, x) * s  # Eq. (13)
+
+    return drift
+
+
+@torch.no_grad()
+def ode_sample(score, sde, x_T, rtol=1e-5, atol=1e-5, record=None):
+    """x_T ~ sde.prior -> x at sde.eps, like x_T, and the evaluations of the score.
+
+    record: a list that gets x at 16 even times from 1 to sde.eps; to stop there costs evaluations.
+    """
+    drift, evaluations = probability_flow(score, sde, x_T.dtype), 0
+    x = x_T.to(precision(x_T.device))
+    times = [1.0, sde.eps]
+    if record is not None:
+        times = torch.linspace(1, sde.eps, 16, dtype=torch.float64).tolist()
+        record.append(x_T)
+    for t, t_next in zip(times, times[1:], strict=False):
+        x, more = dormand_prince(drift, x, t, t_next, rtol, atol)
+        evaluations += more
+        if record is not None:
+            record.append(x.to(x_T.dtype))
+    return x.to(x_T.dtype), evaluations
+
+
+@torch.no_grad()
+def ode_encode(score, sde, x_0, rtol=1e-5, atol=1e-5):
+    """The latent code x(1) of x_0, taken for x at sde.eps, and the evaluations of the score."""
+    drift, x = probability_flow(score, sde, x_0.dtype), x_0.to(precision(x_0.device))
+    x_T, evaluations = dormand_prince(drift, x, sde.eps, 1.0, rtol, atol)
+    return x_T.to(x_0.dtype), evaluations
+
+
+@torch.no_grad()
+def log_likelihood(score, sde, x_0, rtol=1e-5, atol=1e-5, probe="rademacher", t_min=1e-5):
+    """log p(x_0) in nats, (B,), by the ODE's density at t_min of x_0 (B, ...).
+
+    probe: "rademacher" or "gaussian" noise for Hutchinson's estimate of the divergence, one draw
+    for the whole path; "exact": the full trace, as many back-propagations as x_0 has dimensions.
+    """
+    if probe == "rademacher":
+        probes = torch.randint(0, 2, (1, *x_0.shape), device=x_0.device) * 2.0 - 1
+    elif probe == "gaussian":
+        probes = torch.randn(1, *x_0.shape, device=x_0.device)
+    elif probe == "exact":  # every unit vector
+        d = x_0[0].numel()
+        probes = torch.eye(d, device=x_0.device).view(d, 1, *x_0.shape[1:])
+    else:
+        raise ValueError(f"probe is {probe!r}, not 'rademacher', 'gaussian' or 'exact'")
+    drift = probability_flow(score, sde, x_0.dtype)
+
+    def slope(y, t):  # of x and, as one more dimension, of the integral of the divergence
+        with torch.enable_grad():
+            x = y[:, :-1].reshape(x_0.shape).requires_grad_()
+            dx = drift(x, t)
+            divergence = 0
+            for i, v in enumerate(probes.to(x.dtype), 1):  # Eq. (40)
+                (vJ,) = torch.autograd.grad((v * dx).sum(), x, retain_graph=i < len(probes))
+                divergence = divergence + (v * vJ).flatten(1).sum(1)
+        return torch.cat([dx.detach().flatten(1), divergence[:, None]], dim=1)
+
+    y = torch.cat([x_0.flatten(1), x_0.new_zeros(len(x_0), 1)], dim=1).to(precision(x_0.device))
+    y, _ = dormand_prince(slope, y, t_min, 1.0, rtol, atol)
+    return sde.prior_logp(y[:, :-1]) + y[:, -1]  # Eq. (39)
+
+
+def dequantize(images, sde):
+    """uint8 images v as (v + u) / 256, u uniform in [0, 1), scaled to the data's range."""
+    low, high = sde.data_range
+    return low + (high - low) * (images + torch.rand(images.shape, device=images.device)) / 256
+
+
+def bits_per_dim(score, sde, images, rtol=1e-5, atol=1e-5, probe="rademacher", t_min=1e-5):
+    """-log2 p of uint8 images (B, ...) per dimension, (B,): the density of dequantised levels, the
+    same number whatever range the data is scaled to."""
+    (low, high), x_0 = sde.data_range, dequantize(images, sde)
+    nats = log_likelihood(score, sde, x_0, rtol, atol, probe, t_min)
+    return -nats / (x_0[0].numel() * math.log(2)) + math.log2(256 / (high - low))
+
+
+def slerp_orthogonal(z, z_prime, fraction):
+    """Spherical interpolation of codes, like z: z at fraction 0, z_prime at 1. Two codes are nearly
+    orthogonal and of one length, so that the angle between them is taken for pi / 2 (Fig. 6)."""
+    angle = fraction * math.pi / 2
+    return math.cos(angle) * z + math.sin(angle) * z_prime
+
+
+# The solver of the ODE
 
 STAGES = (  # Dormand, Prince 1980: time of a stage, and the weights of the slopes before it
     (1 / 5, (1 / 5,)),
@@ -319,86 +458,6 @@ def dormand_prince(slope, y, t_0, t_1, rtol, atol, max_steps=2000):
                      f"stiff for the tolerances {rtol:g}, {atol:g}")
 
 
-def probability_flow(score, sde, dtype):
-    """drift(x, t) of the ODE whose x(t) has the SDE's densities; score takes this dtype."""
-
-    def drift(x, t):
-        f, g = sde.drift_diffusion(x, t)
-        s = score(x.to(dtype), t.to(dtype)).to(x.dtype)
-        return f - 0.5 * expand(g**2, x) * s  # Eq. (13)
-
-    return drift
-
-
-@torch.no_grad()
-def ode_sample(score, sde, x_T, rtol=1e-5, atol=1e-5, record=None):
-    """x_T ~ sde.prior -> x at sde.eps, like x_T, and the evaluations of the score.
-
-    record: a list that gets x at 16 even times from 1 to sde.eps; to stop there costs evaluations.
-    """
-    drift, x, evaluations = probability_flow(score, sde, x_T.dtype), x_T.to(precise(x_T)), 0
-    times = [1.0, sde.eps]
-    if record is not None:
-        times = torch.linspace(1, sde.eps, 16, dtype=torch.float64).tolist()
-        record.append(x_T)
-    for t, t_next in zip(times, times[1:], strict=False):
-        x, more = dormand_prince(drift, x, t, t_next, rtol, atol)
-        evaluations += more
-        if record is not None:
-            record.append(x.to(x_T.dtype))
-    return x.to(x_T.dtype), evaluations
-
-
-@torch.no_grad()
-def ode_encode(score, sde, x_0, rtol=1e-5, atol=1e-5):
-    """The latent code x(1) of x_0, taken for x at sde.eps, and the evaluations of the score."""
-    drift, x = probability_flow(score, sde, x_0.dtype), x_0.to(precise(x_0))
-    x_T, evaluations = dormand_prince(drift, x, sde.eps, 1.0, rtol, atol)
-    return x_T.to(x_0.dtype), evaluations
-
-
-@torch.no_grad()
-def log_likelihood(score, sde, x_0, rtol=1e-5, atol=1e-5, probe="rademacher", t_min=1e-5):
-    """log p(x_0) in nats, (B,): of the ODE's density at t_min, where x_0 (B, ...) is put.
-
-    probe: "rademacher" or "gaussian" noise for Hutchinson's estimate of the divergence, one draw
-    for the whole path; "exact": the full trace, as many back-propagations as x_0 has dimensions.
-    """
-    if probe == "rademacher":
-        probes = torch.randint(0, 2, (1, *x_0.shape), device=x_0.device) * 2.0 - 1
-    elif probe == "gaussian":
-        probes = torch.randn(1, *x_0.shape, device=x_0.device)
-    elif probe == "exact":  # every unit vector
-        d = x_0[0].numel()
-        probes = torch.eye(d, device=x_0.device).view(d, 1, *x_0.shape[1:])
-    else:
-        raise ValueError(f"probe is {probe!r}, not 'rademacher', 'gaussian' or 'exact'")
-    drift = probability_flow(score, sde, x_0.dtype)
-
-    def slope(y, t):  # of x and, as one more dimension, of the integral of the divergence
-        with torch.enable_grad():
-            x = y[:, :-1].reshape(x_0.shape).requires_grad_()
-            dx = drift(x, t)
-            divergence = 0
-            for i, v in enumerate(probes.to(x.dtype), 1):  # Eq. (40)
-                (vJ,) = torch.autograd.grad((v * dx).sum(), x, retain_graph=i < len(probes))
-                divergence = divergence + (v * vJ).flatten(1).sum(1)
-        return torch.cat([dx.detach().flatten(1), divergence[:, None]], dim=1)
-
-    y = torch.cat([x_0.flatten(1), x_0.new_zeros(len(x_0), 1)], dim=1).to(precise(x_0))
-    y, _ = dormand_prince(slope, y, t_min, 1.0, rtol, atol)
-    return sde.prior_logp(y[:, :-1]) + y[:, -1]  # Eq. (39)
-
-
-def bits_per_dim(score, sde, images, rtol=1e-5, atol=1e-5, probe="rademacher", t_min=1e-5):
-    """-log2 p of uint8 images (B, ...) per dimension, (B,): of v + u, u uniform in [0, 1), so that
-    the density of 8-bit levels is what is measured, whatever range the data is scaled to."""
-    low, high = sde.data_range
-    x_0 = low + (high - low) * (images + torch.rand(images.shape, device=images.device)) / 256
-    nats = log_likelihood(score, sde, x_0, rtol, atol, probe, t_min)
-    return -nats / (x_0[0].numel() * math.log(2)) + math.log2(256 / (high - low))
-
-
 # Control without retraining, App. I
 
 
@@ -413,6 +472,21 @@ def guided_score(score, log_prob, scale=1.0):
         return score(x, t) + scale * gradient  # Eq. (49)
 
     return guided
+
+
+def classifier_model(net, sde):
+    """classifier(x, t) -> logits (B, K), from a network of images in [-1, 1] that takes 999 t."""
+    low, high = sde.data_range
+    return lambda x, t: net(2 * (x - low) / (high - low) - 1, 999 * t)
+
+
+def class_log_prob(classifier, labels):
+    """log_prob(x, t) -> (B,): log p(y | x(t)) of each image's label y in labels (B,)."""
+
+    def log_prob(x, t):
+        return classifier(x, t).log_softmax(1).gather(1, labels[:, None])[:, 0]
+
+    return log_prob
 
 
 def classifier_loss(classifier, x_0, labels, sde, t_min=1e-5):
@@ -456,608 +530,196 @@ def colorize(score, sde, gray, x_T, **options):
 @torch.no_grad()
 def max_pairwise_distance(data):
     """Technique 1, for sigma_1: the largest Euclidean distance of two of data (N, ...)."""
-    data = data.flatten(1)
-    parts = range(0, len(data), 1000)
-    return max(torch.cdist(data[i : i + 1000], data[i:]).max().item() for i in parts)
-
-
-# ---- Plumbing: word for word the same in all six scripts, and tested to be -----------------------
-
-import argparse
-import contextlib
-import copy
-import datetime
-import json
-import os
-import re
-import signal
-import sys
-import time
-import zipfile
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-
-import numpy as np
-import torch.distributed as dist
-import torchvision
-from PIL import Image, ImageDraw, ImageOps
-from torch import nn
-from torchvision.transforms.functional import pil_to_tensor, resize, to_pil_image
-from torchvision.utils import make_grid
-
-from unet import UNet
-
-SCRIPT = Path(__file__).stem
-WORLD = int(os.environ.get("WORLD_SIZE", 1))  # torchrun's, 1 without it
-RANK, LOCAL_RANK = (int(os.environ.get(k, 0)) * (WORLD > 1) for k in ("RANK", "LOCAL_RANK"))
-IMAGE_TYPES = {".jpg", ".jpeg", ".png", ".webp"}
-DATASETS = {  # torchvision's class, and where it looks for its files below --data-dir
-    "mnist": (torchvision.datasets.MNIST, "MNIST/raw/*-ubyte"),
-    "fashion_mnist": (torchvision.datasets.FashionMNIST, "FashionMNIST/raw/*-ubyte"),
-    "cifar10": (torchvision.datasets.CIFAR10, "cifar-10-python.tar.gz"),
-}
-
-
-def fail(message):
-    """End with one line on stderr, what is wrong and what to do, and exit code 2."""
-    print(f"{SCRIPT}.py: error: {' '.join(str(message).split())}", file=sys.stderr)
-    sys.exit(2)
-
-
-@contextlib.contextmanager
-def one_line_errors():
-    """Bad values, missing or broken files, full disks and full GPUs end without a traceback."""
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        fail(error)
-    except RuntimeError as error:
-        if re.search("allocate|out of memory|ALLOC_FAILED", str(error)):
-            fail("the memory is full: lower --batch-size, --sample-batch-size or --channels")
-        if re.search("compiler", str(error), re.IGNORECASE):
-            fail("--compile needs a C++ compiler (g++ or clang): install one or leave it out")
-        raise
-    except KeyboardInterrupt:
-        sys.exit(130)
-
-
-def number(kind, low, high=10**9):
-    """An argparse type: int or float in [low, high], so neither nan nor inf."""
-
-    def parse(text):
-        if not low <= kind(text) <= high:
-            raise argparse.ArgumentTypeError(f"{text} is not in [{low}, {high:g}]")
-        return kind(text)
-
-    parse.__name__ = kind.__name__  # argparse names it in "invalid int value"
-    return parse
-
-
-def base_parser(description, tasks):
-    """The flags that every script has; a None below is filled in by the data set's preset."""
-    formatter = argparse.ArgumentDefaultsHelpFormatter
-    parser = argparse.ArgumentParser(f"{SCRIPT}.py", None, description, formatter_class=formatter)
-    parser.error = fail
-    add, count, natural = parser.add_argument, number(int, 1), number(int, 0)
-    flag = argparse.BooleanOptionalAction
-    add("--dataset", default="digits", help="digits, mnist, fashion_mnist, cifar10 or a folder")
-    add("--data-dir", default="data", help="where torchvision downloads to")
-    add("--image-size", type=count, nargs="+", help="pixels, N or H W; others are resized")
-    add("--task", choices=tasks, default=tasks[0], help="what to do with the trained network")
-    add("--out", help="run folder; default runs/SCRIPT-DATASET, or TASK beside the checkpoint")
-    add("--checkpoint", help="do not train: take this file's EMA weights and arguments")
-    add("--resume", action="store_true", help="go on with the training in the run folder")
-    add("--seed", type=number(int, 0, 2**62), default=0, help="of all random numbers")
-    add("--device", default="auto", help="cuda, mps or cpu; auto: the first there is")
-    add("--compile", action="store_true", help="torch.compile the network")
-    add("--bf16", action=flag, default=False, help="the network, and only it, in bfloat16")
-    add("--steps", type=count, help="training steps in all")
-    add("--batch-size", type=count, help="examples a step, all processes together")
-    add("--lr", type=number(float, 0, 10), help="Adam's learning rate")
-    add("--warmup", type=natural, help="steps in which the learning rate rises to --lr")
-    add("--lr-decay", type=number(float, 0, 9), help="p: after the warmup, lr falls as step^-p")
-    add("--grad-clip", type=number(float, 0), help="largest norm of the gradient; 0: any")
-    add("--ema-decay", type=number(float, 0, 1), help="of the averaged weights; 0: no average")
-    add("--flip", action=flag, help="mirror training images at random")
-    add("--channels", type=count, help="U-Net: channels of the first level")
-    add("--channel-mult", type=count, nargs="+", help="U-Net: channels of each level / those")
-    add("--num-res-blocks", type=count, help="U-Net: blocks of a level")
-    add("--attention-resolutions", type=count, nargs="*", help="U-Net: pixels of those levels")
-    add("--dropout", type=number(float, 0, 0.99), help="U-Net: rate in the residual blocks")
-    add("--num-samples", type=count, help="images to sample")
-    add("--sample-batch-size", type=count, help="images sampled or tested at a time")
-    add("--log-every", type=count, help="steps between the lines of log.jsonl")
-    add("--save-every", type=count, help="steps between checkpoints")
-    return parser
-
-
-def read_args(parser, presets, argv=None, methods=(SCRIPT,), fixed=(), variants=()):
-    """A flag beats the checkpoint's argument, which beats the preset of the data set. .loaded is
-    the checkpoint of --checkpoint or --resume, one of `methods`; `fixed` and the network's flags
-    cannot differ from it. A flag in `variants` may change presets: "NAME --FLAG VALUE" is one."""
-    argv = sys.argv[1:] if argv is None else argv
-    early, _ = parser.parse_known_args([word for word in argv if word not in ("-h", "--help")])
-    folder = early.out or f"runs/{SCRIPT}-{Path(early.dataset).resolve().name}"
-    if early.checkpoint and early.resume:
-        fail("--resume goes on with the run folder's own checkpoint: leave out --checkpoint")
-    loaded, inherited, dataset = None, {}, early.dataset
-    if early.checkpoint or early.resume:
-        path = early.checkpoint or f"{folder}/checkpoint.pt"
-        loaded = load_checkpoint(path, methods if early.checkpoint else (SCRIPT,))
-        inherited = loaded["args"]
-        if loaded["method"] != SCRIPT:  # another method's network: what it is, not how it samples
-            shared = (*presets["digits"], *fixed, "dataset", "data_dir", "image_channels")
-            inherited = {key: inherited[key] for key in shared if key in inherited}
-        dataset = inherited["dataset"]
-    name = dataset if dataset in presets else "folder"
-    preset = dict(presets[name])
-    for flag in variants:
-        preset |= presets.get(f"{name} --{flag} {getattr(early, flag)}", {})
-    parser.set_defaults(**preset | inherited, loaded=loaded)
-    if early.checkpoint and not early.out:
-        folder = str(Path(early.checkpoint).parent / early.task)
-    parser.set_defaults(out=folder)
-    args = parser.parse_args(argv)
-    if len(args.image_size) > 2:
-        fail("--image-size takes one number, or height and width")
-    args.image_size = (args.image_size[0], args.image_size[-1])
-    network = ("image_size", "channels", "channel_mult", "num_res_blocks", "attention_resolutions")
-    for key in (*network, *fixed) if args.loaded else ():
-        trained = args.loaded["args"].get(key)
-        if getattr(args, key) == "auto":  # is what it was measured to be
-            setattr(args, key, trained)
-        if json.dumps(trained) != json.dumps(getattr(args, key)):  # lists and tuples alike
-            fail(f"--{key.replace('_', '-')}: the checkpoint was trained with {trained}")
-    return args
-
-
-def setup(args):
-    """The device; makes the run folder, joins torchrun's processes, seeds the random numbers."""
-    name = args.device
-    if name == "auto":
-        mps = "mps" if torch.backends.mps.is_available() else "cpu"
-        name = "cuda" if torch.cuda.is_available() else mps
-    if name == "cuda":
-        name = f"cuda:{LOCAL_RANK}"
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"no device {name} here: {str(error).splitlines()[0]}") from error
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")  # TF32
-        torch.backends.cudnn.benchmark = True
-    if WORLD > 1 and args.checkpoint:
-        raise ValueError("--checkpoint does not train: it takes one process, not torchrun")
-    out = Path(args.out)
-    if RANK == 0 and not args.resume and out.exists() and any(out.iterdir()):
-        resume = "go on with --resume or " if (out / "checkpoint.pt").exists() else ""
-        raise ValueError(f"{out} is not empty: {resume}name another folder with --out")
-    out.mkdir(parents=True, exist_ok=True)
-    if WORLD > 1:
-        gpu = {"backend": "nccl", "device_id": device} if device.type == "cuda" else {}
-        patience = datetime.timedelta(hours=2)  # of the others, while the first one downloads
-        dist.init_process_group(**gpu or {"backend": "gloo"}, timeout=patience)
-    torch.manual_seed(args.seed + RANK)  # every process draws its own batches and noise
-    return device
-
-
-def load_images(dataset, data_dir, image_size, train):
-    """-> images (N, C, H, W) uint8 and labels (N,) int64 of the training or the test split.
-
-    dataset: "digits" (bundled), a name in DATASETS (downloaded to data_dir once), or a folder of
-    jpg, png and webp files: greyscale if all are; subfolders are classes; train/ and test/ are the
-    splits if both are there, else every tenth file is for testing. image_size: H = W, or (H, W);
-    a folder's images are cropped at the centre to that shape, and all are resized to it.
-    """
-    H, W = (image_size, image_size) if isinstance(image_size, int) else image_size
-    if dataset == "digits":  # a sheet of 50 rows of 100; 500 of each class, the last 50 for testing
-        sheet = np.array(Image.open(Path(__file__).parent / "assets" / "digits.png"))
-        digits = torch.from_numpy(sheet).view(50, 16, 100, 16).transpose(1, 2)
-        part = slice(0, 450) if train else slice(450, 500)
-        images = digits.reshape(10, 500, 1, 16, 16)[:, part].flatten(0, 1)
-        labels = torch.arange(10).repeat_interleave(len(images) // 10)
-    elif dataset in DATASETS:
-        load, files = DATASETS[dataset]
-        if RANK > 0 and dist.is_initialized():
-            dist.barrier()  # only the first process downloads
-        try:
-            data = load(data_dir, train=train, download=True)
-        except (RuntimeError, OSError) as error:
-            raise OSError(f"cannot download {dataset} ({error}); without a network put its files "
-                          f"where torchvision looks: {data_dir}/{files}") from error
-        if RANK == 0 and dist.is_initialized():
-            dist.barrier()
-        images, labels = torch.as_tensor(data.data), torch.as_tensor(data.targets)
-        images = images.unsqueeze(1) if images.dim() == 3 else images.permute(0, 3, 1, 2)
-    else:
-        root, train_and_test = Path(dataset), [Path(dataset, "train"), Path(dataset, "test")]
-        if not root.is_dir():
-            known = ", ".join(("digits", *DATASETS))
-            raise ValueError(f"no data set {dataset}: take {known} or a folder of images")
-        is_split = all(folder.is_dir() for folder in train_and_test)
-        root = train_and_test[0 if train else 1] if is_split else root
-        files = sorted(f for f in root.rglob("*") if f.suffix.lower() in IMAGE_TYPES)
-        if len(files) < (2 if is_split else 20):
-            need = "2 are" if is_split else "20, of which every tenth is for testing, are"
-            raise ValueError(f"{root} holds {len(files)} jpg, png and webp images: {need} needed")
-        files = [f for i, f in enumerate(files) if is_split or (i % 10 != 9) == train]
-        parents = [f.relative_to(root).parts[:-1][:1] for f in files]
-        classes = {parent: i for i, parent in enumerate(sorted(set(parents)))}
-        labels = torch.tensor([classes[parent] for parent in parents])
-
-        def read(file):
-            try:
-                image = ImageOps.exif_transpose(Image.open(file))
-                if image.mode[0] in "IF":
-                    raise ValueError("more than 8 bits")
-                image = image.convert("L" if image.mode in ("1", "L", "LA") else "RGB")
-                return pil_to_tensor(ImageOps.fit(image, (W, H)))
-            except Exception as error:  # whatever a broken file makes a decoder raise
-                raise ValueError(f"{file} is no readable 8-bit image: mend or remove it") from error
-
-        with ThreadPoolExecutor() as pool:
-            images = list(pool.map(read, files))
-        C = max(len(image) for image in images)  # 1 or 3
-        images = torch.stack([image.expand(C, H, W) for image in images])
-    if images.shape[2:] != (H, W):
-        images = resize(images, [H, W], antialias=True)
-    return images.contiguous(), labels
-
-
-def load_split(args, train):
-    """The images and labels that the arguments name. The first call says, in args.image_channels,
-    what the network takes; ValueError if a later one, or a checkpoint's data, has other images."""
-    images, labels = load_images(args.dataset, args.data_dir, args.image_size, train)
-    if vars(args).setdefault("image_channels", images.shape[1]) != images.shape[1]:
-        raise ValueError(f"{args.dataset}: the network takes {args.image_channels} channels")
-    return images, labels
-
-
-def test_images(args, n):
-    """n images (n, C, H, W) uint8 and labels of the test split, the same for one --seed."""
-    images, labels = load_split(args, train=False)
-    chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(args.seed))[:n]
-    return images[chosen], labels[chosen]
-
-
-def test_image(args):
-    """One of test_images, (1, C, H, W); None if a checkpoint's data set is not there any more."""
-    try:
-        return test_images(args, 1)[0]
-    except (ValueError, OSError) as error:
-        report(f"process.png goes without the forward process: {error}", last=True)
-
-
-def build_unet(args, in_channels, out_channels, device):
-    """The U-Net that the arguments describe; with --checkpoint its EMA weights, in eval mode."""
-    shape = (args.channels, args.channel_mult, args.num_res_blocks, args.attention_resolutions)
-    net = UNet(in_channels, out_channels, *shape, args.dropout, max(args.image_size))
-    if args.checkpoint:
-        net.eval().requires_grad_(False).load_state_dict(args.loaded["ema"])
-    if args.compile:
-        net.compile()
-    return net.to(device)
-
-
-def call(net, args, *inputs):
-    """net(*inputs) as float32; with --bf16 the inside of the network runs in bfloat16, but for what
-    is measured: a task that measures sets args.bf16 to False."""
-    with torch.autocast(inputs[0].device.type, torch.bfloat16, enabled=args.bf16):
-        return net(*inputs).float()
-
-
-def save_checkpoint(path, state):
-    """Write beside path, flush to the disk, rename: path is the old file or the new, never half."""
-    part = Path(f"{path}.part")
-    try:
-        with open(part, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except (OSError, RuntimeError) as error:  # torch.save makes a full disk a RuntimeError
-        part.unlink(missing_ok=True)
-        raise OSError(f"cannot write {path}, is the disk full? ({error})") from error
-
-
-def load_checkpoint(path, methods=(SCRIPT,)):
-    """The checkpoint, on the CPU; ValueError if it is missing, damaged or of another method.
-
-    torch.load takes a flipped byte for data, so the archive's checksums are verified first;
-    weights_only keeps a hostile file from running code.
-    """
-    if not Path(path).is_file():
-        raise ValueError(f"there is no checkpoint {path}")
-    try:
-        with zipfile.ZipFile(path) as archive:
-            headers = [(r.file_size - r.compress_size, r.external_attr) for r in archive.infolist()]
-            if any(map(any, headers)) or archive.testzip() is not None:
-                raise ValueError("a size, a flag or a checksum is wrong")
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        method, _, _ = state["method"], state["ema"], dict(state["args"])
-    except Exception as error:  # whatever a damaged file makes zipfile and the unpickler raise
-        why = "truncated, damaged or not of these scripts"
-        raise ValueError(f"cannot read the checkpoint {path}: {why}") from error
-    if method not in methods:
-        needed = " or ".join(f"{name}.py" for name in methods)
-        raise ValueError(f"{path} is a checkpoint of {method}.py: one of {needed} is needed")
-    return state
-
-
-class Loss(nn.Module):
-    """loss_fn as the forward of a module that owns the model, for DistributedDataParallel."""
-
-    def __init__(self, model, loss_fn):
-        super().__init__()
-        self.model, self.forward = model, loss_fn
-
-
-def fit(model, loss_fn, data, args):
-    """Train to step args.steps, write log.jsonl and checkpoint.pt; leaves the EMA in the model.
-
-    data: a tuple of tensors of one length, of which each step draws rows with replacement (so that
-    the random state is the order of the data); loss_fn(*rows): a scalar. Ctrl-C and SIGTERM save.
-    """
-    if args.batch_size % WORLD:
-        raise ValueError(f"--batch-size {args.batch_size} is not a multiple of {WORLD} processes")
-    device, log = next(model.parameters()).device, Path(args.out, "log.jsonl")
-    data, weights = [part.to(device) for part in data], list(model.parameters())
-    optimizer = torch.optim.Adam(weights, args.lr, fused=True)
-    step, running = 0, torch.zeros(2, device=device)  # sum and number of the finite losses
-    if args.resume:
-        model.load_state_dict(args.loaded["model"])
-        optimizer.load_state_dict(args.loaded["optimizer"])
-        step, running = args.loaded["step"], args.loaded["running"].to(device)
-        if step > args.steps:
-            raise ValueError(f"--steps {args.steps}: the checkpoint has done {step} already")
-    loss_module = Loss(model, loss_fn)
-    if WORLD > 1:  # gives all processes the first one's weights, then averages the gradients
-        loss_module = nn.parallel.DistributedDataParallel(loss_module)
-    ema = copy.deepcopy(model).eval().requires_grad_(False)
-    if args.resume:
-        ema.load_state_dict(args.loaded["ema"])
-        torch.set_rng_state(args.loaded["rng"])
-        if device.type == "cuda" and args.loaded["cuda_rng"] is not None:
-            torch.cuda.set_rng_state(args.loaded["cuda_rng"])
-        if RANK > 0:  # the checkpoint holds the random state of the first process
-            torch.manual_seed(args.seed + RANK + WORLD * step)
-        elif log.exists():  # steps after the checkpoint happen again: drop their lines
-            lines = [line for line in log.read_text().splitlines() if line.endswith("}")]
-            log.write_text("".join(f"{x}\n" for x in lines if json.loads(x)["step"] <= step))
-
-    model.train()
-    signals, stopped, seen, since = [], False, step, time.time()
-    stops = (signal.SIGINT, signal.SIGTERM)
-    handlers = [signal.signal(stop, lambda number, _: signals.append(number)) for stop in stops]
-    while step < args.steps and not stopped:
-        step += 1
-        warm = step / max(1, args.warmup)
-        lr = args.lr * min(1, warm, warm**-args.lr_decay)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        rows = torch.randint(len(data[0]), (args.batch_size // WORLD,), device=device)
-        batch = [part[rows] for part in data]
-        if args.flip:
-            mirror = torch.rand(len(rows), 1, 1, 1, device=device) < 0.5
-            batch[0] = torch.where(mirror, batch[0].flip(-1), batch[0])
-        optimizer.zero_grad()
-        loss = loss_module(*batch)
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(weights, args.grad_clip or math.inf)
-        loss = loss.detach()
-        if WORLD > 1:
-            dist.all_reduce(loss)
-            loss = loss / WORLD
-        finite = loss.isfinite() & norm.isfinite()  # a tensor: who looks at it waits for the GPU
-        optimizer.found_inf = 1 - finite.float()  # where it is 1, the fused Adam leaves all alone
-        optimizer.step()
-        decay = min(args.ema_decay, (1 + step) / (10 + step))
-        with torch.no_grad():
-            torch._foreach_lerp_(list(ema.parameters()), weights, 1 - decay)
-        running += torch.where(finite, torch.stack([loss, torch.ones_like(loss)]), 0.0)
-        log_now = step == 1 or step % args.log_every == 0
-        stopped = bool(signals)
-        if WORLD > 1 and log_now:  # all processes decide alike
-            status = torch.tensor(float(stopped), device=device)
-            dist.all_reduce(status)
-            stopped = status.item() > 0
-        elif WORLD > 1:
-            stopped = False
-        if log_now:
-            (total, count), norm = running.tolist(), norm.item()
-            running.zero_()
-            if count == 0 and step > 1:
-                fail(f"no finite loss and gradient in the {args.log_every} steps to {step}: lower "
-                     f"--lr; the last checkpoint in {args.out}, if any, is from before")
-        if RANK == 0 and log_now:
-            mean = total / count if count else math.nan
-            line = {"step": step, "loss": mean, "grad_norm": norm, "lr": lr}
-            line = {key: value if math.isfinite(value) else None for key, value in line.items()}
-            with open(log, "a") as file:
-                file.write(json.dumps(line) + "\n")
-            pace = (time.time() - since) / (step - seen)  # seconds a step
-            left = datetime.timedelta(seconds=round(pace * (args.steps - step)))
-            report(f"step {step} of {args.steps}: loss {mean:.4f}, "
-                   f"{args.batch_size / pace:.0f} examples/s, {left} left")
-            seen, since = step, time.time()
-        if RANK == 0 and (step % args.save_every == 0 or step == args.steps or stopped):
-            skip = ("loaded", "task", "out", "checkpoint", "resume", "device", "compile")
-            state = {
-                "method": SCRIPT, "step": step, "running": running,
-                "args": {key: value for key, value in vars(args).items() if key not in skip},
-                "model": model.state_dict(), "ema": ema.state_dict(),
-                "optimizer": optimizer.state_dict(), "rng": torch.get_rng_state(),
-                "cuda_rng": torch.cuda.get_rng_state() if device.type == "cuda" else None,
-            }
-            save_checkpoint(Path(args.out, "checkpoint.pt"), state)
-    for stop, handler in zip(stops, handlers, strict=True):
-        signal.signal(stop, handler)
-    if WORLD > 1:
-        dist.destroy_process_group()
-    if stopped:
-        report(f"stopped after step {step}, which is saved: go on with --resume", last=True)
-        sys.exit(128 + (signals or [signal.SIGTERM])[0])
-    model.eval().requires_grad_(False).load_state_dict(ema.state_dict())
-
-
-def report(line, last=False):
-    """Print progress: on a terminal as one line that rewrites itself; the first process only."""
-    if RANK == 0:
-        start, end = ("\r\033[K", "\n" if last else "") if sys.stdout.isatty() else ("", "\n")
-        print(start + line, end=end, flush=True)
-
-
-def save_grid(images, path, columns, labels=()):
-    """uint8 images (N, C, H, W) as one PNG, small ones enlarged; labels: a text beside each row."""
-    scale = max(1, 48 // images.shape[3])
-    images = images.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
-    grid = to_pil_image(make_grid(images.cpu(), columns, pad_value=96))
-    if labels:
-        margin, height = 7 * max(map(len, labels)), images.shape[2] + 2
-        grid = ImageOps.expand(grid, (margin, 0, 0, 0), "white")
-        for row, label in enumerate(labels):
-            ImageDraw.Draw(grid).text((6, row * height + height // 2 - 5), label, fill="black")
-    grid.save(path)
-
-
-def save_images(draw, args):
-    """draw(n) -> (n, C, H, W) uint8: args.num_samples of them in batches, each written at once as
-    images/NNNNNN.png, which FID tools read; returns the first 100."""
-    folder, first, done = Path(args.out, "images"), [], 0
-    folder.mkdir(exist_ok=True)
-    for old in folder.glob("*.png"):  # of the run before --resume
-        old.unlink()
-    while done < args.num_samples:
-        images = draw(min(args.sample_batch_size, args.num_samples - done)).cpu()
-        for i, image in enumerate(images):
-            to_pil_image(image).save(folder / f"{done + i:06d}.png")
-        first, done = [*first, *images][:100], done + len(images)
-        report(f"{done} of {args.num_samples} images", last=done == args.num_samples)
-    return torch.stack(first)
-
-
-def save_results(args, task, start, **measured):
-    """Add what was measured since `start` to results.json, with what it takes to repeat it."""
-    path = Path(args.out, "results.json")
-    results = json.loads(path.read_text()) if path.exists() else {}
-    context = {"dataset": args.dataset, "seed": args.seed, "seconds": round(time.time() - start, 1)}
-    date = {"date": time.strftime("%Y-%m-%d"), "torch": torch.__version__}
-    results[task] = {**measured, **context, **date, "torchvision": torchvision.__version__}
-    path.write_text(json.dumps(results, indent=2) + "\n")
-
-
-def run(args, tasks, net, loss_fn, data, also=(), **settings):
-    """Train net on data, unless that is None; then do args.task and, after it has trained for
-    `sample`, the tasks `also`. What a task returns stands beside `settings` in results.json."""
-    chosen, step = [args.task], args.loaded["step"] if args.checkpoint else args.steps
-    if data:
-        parameters, shape = sum(p.numel() for p in net.parameters()), list(data[0].shape)
-        report(f"{shape} data, {parameters:,} parameters, to {args.out}", last=True)
-        start = time.time()
-        fit(net, loss_fn, data, args)
-        if RANK > 0:
-            return
-        save_results(args, "train", start, step=step, parameters=parameters, n=shape[0])
-        chosen += also if args.task == "sample" else ()
-    for task in chosen:
-        torch.manual_seed(args.seed)  # the same numbers now and from the checkpoint
-        start = time.time()
-        measured = {"step": step, "weights": "EMA", **settings, **tasks[task]()}
-        save_results(args, task, start, **measured)
-    files = ", ".join(sorted(path.name for path in Path(args.out).iterdir()))
-    report(f"{args.out} holds {files}", last=True)
+    parts = data.flatten(1).split(1000)  # so that few at a time need memory as floats
+    pairs = ((a, b) for i, a in enumerate(parts) for b in parts[i:])
+    return max(torch.cdist(a.float(), b.float()).max().item() for a, b in pairs)
 
 
 # ---- The run -------------------------------------------------------------------------------------
 
-from unet import group_norm, time_embedding
-
-PRESETS = {
-    "cifar10": dict(  # App. C, G, H and, for the training, the released code
-        beta_min=0.1, beta_max=20.0, sigma_min=0.01, sigma_max=50.0,  # App. C
-        predictor="euler_maruyama", num_steps=1000,  # H.2
-        corrector="langevin", corrector_steps=1, snr=0.01,  # PC1000 of Tables 1 and 5; H.2: none
-        control_snr=0.16, tolerance=1e-5, guidance=1.0,  # Table 5 (VE); App. D.2; Eq. (49)
-        image_size=(32, 32), channels=128, channel_mult=(1, 2, 2, 2), num_res_blocks=2,  # DDPM's
-        attention_resolutions=(16,), dropout=0.1, dequantize=False,
-        lr=2e-4, batch_size=128, steps=950_000, ema_decay=0.9999, flip=True,  # App. H
-        warmup=5000, grad_clip=1.0, lr_decay=0.0,  # released code
-        classifier_steps=100_000, num_samples=100, sample_batch_size=256, num_test=64,  # ours
-        log_every=100, save_every=5000,
-    ),
-}
-PRESETS.update(
-    folder=PRESETS["cifar10"] | dict(sigma_max="auto", flip=False),
-    # Digits are not in the paper: these are ours, sized for minutes on a laptop, an hour on a GPU.
-    digits=PRESETS["cifar10"] | dict(
-        sigma_max="auto", num_steps=400, corrector_steps=2, snr=0.35, control_snr=0.25,
+SETTINGS = dict(  # CIFAR-10, with sources; every key is a flag
+    lr=2e-4, batch_size=128, ema_decay=0.9999, steps=950_000, flip=True,  # App. H
+    image_size=(32, 32), channels=128, channel_mult=(1, 2, 2, 2), num_res_blocks=2,  # DDPM's
+    attention_resolutions=(16,), dropout=0.1, warmup=5000, grad_clip=1.0,  # released code
+    lr_decay=0.0, num_samples=100, sample_batch_size=256, log_every=100, save_every=5000,  # ours
+    sde=(("vp", "ve", "subvp"), "which SDE (Sec. 3.4)"),
+    beta_min=(0.1, "beta(0) of VP and sub-VP (App. C)"),
+    beta_max=(20.0, "beta(1) of VP and sub-VP (App. C)"),
+    sigma_min=(0.01, "sigma(0) of VE, in units of [0, 1] (App. C)"),
+    sigma_max=(50.0, "sigma(1) of VE, 0: measured (App. C)"),
+    predictor=((*PREDICTORS, "ode"), "of each step (Table 1); ode: the probability flow ODE"),
+    corrector=(("langevin", "ald", "none"), "after each step; ald: annealed Langevin dynamics"),
+    num_steps=(1000, "N, steps of the predictor (Table 1)"),
+    corrector_steps=(1, "M, steps of the corrector after each (Table 1)"),
+    snr=(0.01, "r, the corrector's signal-to-noise ratio (Table 5)"),
+    control_snr=(0.16, "r of tasks inpaint, colorize and class (Table 5, VE)"),
+    tolerance=(1e-5, "absolute and relative, of the ODE (App. D.2)"),
+    guidance=(1.0, "of task class; 1: Bayes' rule (Eq. 49)"),
+    classifier=("", "checkpoint of the classifier; default: OUT/classifier.pt, trained there"),
+    classifier_steps=(100_000, "training steps of the classifier (ours)"),
+    dequantize=(False, "train on (v + u) / 256, u uniform, as bits/dim are measured (ours)"),
+    num_test=(64, "test images whose bits/dim are measured"),
+)
+MNIST = dict(
+    sigma_max=0.0, image_size=(28, 28), channels=64, channel_mult=(1, 2, 2),
+    attention_resolutions=(14,), dequantize=True, steps=50_000, warmup=1000, flip=False,
+    classifier_steps=5000,
+)
+PRESETS = {  # changes to SETTINGS
+    "cifar10": {}, "folder": dict(sigma_max=0.0, flip=False), "mnist": MNIST,
+    "fashion_mnist": MNIST,
+    "digits": dict(  # not in the paper: sized for minutes on a laptop
+        sigma_max=0.0, num_steps=400, corrector_steps=2, snr=0.35, control_snr=0.25,
         image_size=(16, 16), channels=16, channel_mult=(1, 2, 4), num_res_blocks=1,
         attention_resolutions=(8,), dropout=0.0, dequantize=True, lr=8e-3, batch_size=64,
         steps=3200, warmup=500, lr_decay=1.2, flip=False, classifier_steps=2000, guidance=3.0,
         num_samples=60, num_test=16, save_every=500,
     ),
-    mnist=PRESETS["cifar10"] | dict(
-        sigma_max="auto", image_size=(28, 28), channels=64, channel_mult=(1, 2, 2),
-        attention_resolutions=(14,), dequantize=True, steps=50_000, warmup=1000, flip=False,
-        classifier_steps=5000,
-    ),
-)
-PRESETS.update(fashion_mnist=PRESETS["mnist"])
-for name in list(PRESETS):
-    PRESETS[f"{name} --sde ve"] = dict(  # H.1; Table 5
-        predictor="reverse_diffusion", snr=0.16, ema_decay=0.999,
-    )
+}
+PROCESS = ("sde", "beta_min", "beta_max", "sigma_min", "sigma_max")
 
 
-def parse_args(argv=None):
-    tasks = ("sample", "samplers", "bpd", "interpolate", "inpaint", "colorize", "train-classifier",
-             "class")
-    parser = base_parser(__doc__.splitlines()[0], tasks)
+def preset(args):
+    changes = PRESETS.get(args.dataset, PRESETS["folder"])
+    if args.sde == "ve":  # H.1; Table 5
+        changes = changes | dict(predictor="reverse_diffusion", snr=0.16, ema_decay=0.999)
+    return changes
 
-    def auto(parse):
-        def number_or_auto(text):
-            return text if text == "auto" else parse(text)
 
-        return number_or_auto
+def to_float(run, images):
+    low, high = run.process.data_range
+    return low + (high - low) * images.float() / 255
 
-    add, positive = parser.add_argument, number(float, 1e-12)
-    add("--sde", choices=("ve", "vp", "subvp"), default="vp", help="which SDE (Sec. 3.4)")
-    add("--beta-min", type=positive, help="beta(0) of VP and sub-VP")
-    add("--beta-max", type=positive, help="beta(1) of VP and sub-VP")
-    add("--sigma-min", type=positive, help="sigma(0) of VE, in units of [0, 1]")
-    add("--sigma-max", type=auto(positive), help="sigma(1) of VE; auto: from the data (App. C)")
-    add("--predictor", choices=(*PREDICTORS, "ode"), help="of each step (Table 1); ode: no steps "
-        "but the probability flow ODE to --tolerance, without a corrector")
-    add("--corrector", choices=CORRECTORS, help="after each step; ald: annealed Langevin dynamics")
-    add("--corrector-steps", type=number(int, 1), help="of each of --num-steps (Alg. 1, M)")
-    add("--num-steps", type=number(int, 1), help="N, steps of the predictor (Alg. 1)")
-    add("--snr", type=positive, help="r of the corrector (Table 5), but see --control-snr")
-    add("--control-snr", type=positive, help="r of tasks inpaint, colorize and class")
-    add("--tolerance", type=number(float, 1e-10, 1), help="absolute and relative, of the ODE")
-    add("--dequantize", action=argparse.BooleanOptionalAction,
-        help="train on (v + u) / 256 with u uniform, as bits/dim is measured, not on v / 255")
-    add("--num-test", type=number(int, 2), help="test images whose bits/dim are measured")
-    add("--classifier", help="checkpoint of task train-classifier; default: beside --checkpoint")
-    add("--classifier-steps", type=number(int, 1),
-        help="training steps of task train-classifier, in place of --steps")
-    add("--guidance", type=number(float, 0), help="of task class; 1: Bayes' rule (App. I.1)")
-    parser.set_defaults(classes=0)  # what a classifier's checkpoint has instead
-    args = read_args(parser, PRESETS, argv, methods=("sde", "ddpm"), variants=("sde",))
-    fixed = ("sde", "beta_min", "beta_max", "sigma_min", "sigma_max")
-    for key in fixed if args.loaded else ():
-        if getattr(args, key) != parser.get_default(key):
-            fail(f"--{key.replace('_', '-')}: the checkpoint has its own")
-    if args.loaded and (args.classes > 0) != (args.resume and args.task == "train-classifier"):
-        fail("a classifier's checkpoint is for --classifier and for --resume --task "
-             "train-classifier --out ITS_FOLDER, a score network's for every other use")
-    if args.task in ("train-classifier", "class") and not args.loaded:
-        fail(f"--task {args.task} takes the --checkpoint of a score network")
-    if args.task == "class" and not args.classifier:
-        folder = Path(args.checkpoint).parent if args.checkpoint else Path(args.out)
-        args.classifier = str(folder / "train-classifier" / "checkpoint.pt")
-    return args
+
+def to_uint8(run, x):
+    low, high = run.process.data_range
+    return ((x - low) / (high - low) * 256).clamp(0, 255).to(torch.uint8)
+
+
+def training_images(run, images):
+    return dequantize(images, run.process) if run.dequantize else to_float(run, images)
+
+
+def prior(run, n):
+    return run.process.prior((n, run.image_channels, *run.image_size), run.device)
+
+
+def by_ode(run, x_T):
+    x, _ = ode_sample(run.score, run.process, x_T, run.tolerance, run.tolerance)
+    if run.of_ddpm:  # denoised like the last step of its own chain: at t = 1 / T noise is visible
+        x = posterior_mean(run.score, run.process, x, x.new_full((len(x),), run.process.eps))
+    return x
+
+
+def sample(run):
+    """Samples; process.png: a test image at the recorded times, then eight samples."""
+    ode, N = run.predictor == "ode", 15 if run.predictor == "ode" else run.num_steps
+    run.bf16 = run.bf16 and not ode
+
+    def draw(first, n, record):
+        x_T, run.calls = prior(run, n), 0
+        if not ode:
+            return to_uint8(run, pc_sample(run.score, run.process, x_T, **run.chain, record=record))
+        if record is not None:  # its stops are not evaluations of the samples
+            tolerance = run.tolerance
+            ode_sample(run.score, run.process, x_T[:8], tolerance, tolerance, record)
+            run.calls = 0
+        return to_uint8(run, by_ode(run, x_T))
+
+    images, record = save_images(draw, run)
+    save_grid(images, run.out / "samples.png", columns=10)
+    if record:
+        rows = [*torch.stack(record, dim=1)[:8]]
+        if run.test is not None:
+            steps = torch.tensor([0, *record_steps(N)], device=run.device)
+            t = run.process.eps + (1 - run.process.eps) * steps / N
+            x_0 = to_float(run, run.test[:1]).expand(len(t), -1, -1, -1)
+            mean, std = run.process.marginal(x_0, t)
+            rows.insert(0, mean + expand(std, mean) * torch.randn_like(mean))
+        save_grid(to_uint8(run, torch.cat(rows)), run.out / "process.png", columns=len(record))
+    how = {"predictor": "ode", "tolerance": run.tolerance} if ode else run.chain
+    return {"n": run.num_samples, "sde": run.sde, **how, "evaluations": run.calls}
+
+
+def samplers(run):
+    """Table 1 as pictures: the same x_T through every sampler."""
+    x_T, rows, table = prior(run, 10), [], []
+    for predictor, corrector in [*run.pairs, ("ode", "none")]:
+        seed_all(run.seed, "noise")  # the same in each row
+        run.calls, start = 0, time.time()
+        options = run.chain | {"predictor": predictor, "corrector": corrector}
+        if predictor == "none":  # Table 1, C2000, and Table 5
+            options |= {"corrector_steps": 2, "snr": 0.22 if run.sde == "ve" else 0.27}
+        if predictor == "ode":
+            run.bf16, x_0 = False, by_ode(run, x_T)
+        else:
+            x_0 = pc_sample(run.score, run.process, x_T, **options)
+        rows.append(to_uint8(run, x_0))
+        table.append(options | {"evaluations": run.calls, "seconds": round(time.time() - start, 1)})
+        line = "{predictor}, {corrector}: {evaluations} evaluations"
+        report(f"{line}, {{seconds}} s".format(**table[-1]))
+    labels = [line.format(**row) for row in table]
+    save_grid(torch.cat(rows), run.out / "samplers.png", columns=10, labels=labels)
+    return {"n": len(x_T), "sde": run.sde, **run.chain, "tolerance": run.tolerance, "table": table}
+
+
+def bpd(run):
+    run.bf16, run.calls, bits = False, 0, []
+    for images in run.test[: run.num_test].split(run.sample_batch_size):
+        bits.append(bits_per_dim(run.score, run.process, images, run.tolerance, run.tolerance,
+                                 t_min=run.t_min))
+    bits = torch.cat(bits).cpu()
+    mean, error = bits.mean().item(), bits.std().item() / math.sqrt(len(bits))
+    report(f"test bits/dim {mean:.4f} +- {error:.4f}: density of the ODE at t = {run.t_min:g}, "
+           f"images uniformly dequantised; n = {len(bits)}")
+    return {"n": len(bits), "split": "test", "bits_per_dim": mean, "standard_error": error,
+            "is": "density of the ODE at t_min, not a bound; images uniformly dequantised; one "
+            "Rademacher probe each", "t_min": run.t_min, "evaluations": run.calls,
+            "sde": run.sde, "tolerance": run.tolerance}
+
+
+def interpolate(run):
+    """Test images between which the codes of the ODE are mixed (Fig. 6)."""
+    run.bf16, run.calls, tolerances = False, 0, (run.tolerance, run.tolerance)
+    x_0 = to_float(run, run.test[: min(16, len(run.test)) // 2 * 2])
+    z, z_prime = ode_encode(run.score, run.process, x_0, *tolerances)[0].chunk(2)
+    mixed = torch.stack([slerp_orthogonal(z, z_prime, k / 10) for k in range(11)], dim=1)
+    parts = mixed.flatten(0, 1).split(run.sample_batch_size)  # of (8 * 11, C, H, W)
+    x = [ode_sample(run.score, run.process, part, *tolerances)[0] for part in parts]
+    x = torch.cat(x).view_as(mixed)
+    left, right = x_0[:, None].chunk(2)
+    rows = torch.cat([left, x, right], dim=1)  # (8, 13, C, H, W)
+    save_grid(to_uint8(run, rows.flatten(0, 1)), run.out / "interpolation.png", columns=13)
+    error = (torch.cat([x[:, 0], x[:, -1]]) - x_0).abs().max().item()
+    report(f"decoded codes differ from their images by at most {error:.1e}")
+    return {"n": len(z), "split": "test", "largest_error": error, "evaluations": run.calls,
+            "sde": run.sde, "tolerance": run.tolerance}
+
+
+def inpainting(run):
+    """Fig. 5: test images without their left half, right half or centre, six completions each."""
+    x, (H, W), rows, run.calls = to_float(run, run.test[:4]), run.image_size, [], 0
+    grey, masks = sum(run.process.data_range) / 2, x.new_ones(3, 1, 1, H, W)
+    masks[0, ..., : W // 2] = masks[1, ..., W // 2 :] = 0
+    masks[2, ..., H // 4 : H - H // 4, W // 4 : W - W // 4] = 0
+    for mask in masks:
+        six = x.repeat(6, 1, 1, 1)
+        filled = inpaint(run.score, run.process, six, mask, prior(run, len(six)), **run.chain)
+        parts = [x * mask + grey * (1 - mask), *filled.chunk(6), x]
+        rows.append(torch.stack(parts, dim=1).flatten(0, 1))  # image by image
+    save_grid(to_uint8(run, torch.cat(rows)), run.out / "inpainting.png", columns=8)
+    return {"n": len(x), "split": "test", "completions": 6, **run.chain, "evaluations": run.calls}
+
+
+def colorization(run):
+    """Fig. 5: grey test images, six colourings each."""
+    x, run.calls = to_float(run, run.test[:8]), 0
+    gray = x.mean(1, keepdim=True)
+    six = gray.repeat(6, 1, 1, 1)
+    colored = colorize(run.score, run.process, six, prior(run, len(six)), **run.chain)
+    rows = torch.stack([gray.expand_as(x), *colored.chunk(6), x], dim=1)  # image by image
+    save_grid(to_uint8(run, rows.flatten(0, 1)), run.out / "colorization.png", columns=8)
+    return {"n": len(x), "split": "test", "completions": 6, **run.chain, "evaluations": run.calls}
 
 
 class Classifier(UNet):
@@ -1078,283 +740,626 @@ class Classifier(UNet):
         return self.conv_out(nn.functional.silu(self.norm_out(h)).mean((2, 3)))
 
 
-def build_classifier(args, device):
-    """The classifier that the arguments describe; with --checkpoint its EMA weights, as build_unet.
-    """
-    shape = (args.channels, args.channel_mult, args.num_res_blocks, args.attention_resolutions)
-    net = Classifier(args.image_channels, args.classes, *shape, args.dropout, max(args.image_size))
-    if args.checkpoint:
-        net.eval().requires_grad_(False).load_state_dict(args.loaded["ema"])
-    if args.compile:
-        net.compile()
-    return net.to(device)
+def train_classifier(run):
+    """The classifier of --classifier, or the one of OUT/classifier.pt, which is trained first."""
+    if run.unlabelled or len(run.classes) < 2:
+        what = run.unlabelled[0] if run.unlabelled else run.dataset
+        raise ValueError(f"{what} has no class: classes are folders, at least two of them")
+    path = Path(run.classifier or run.out / "classifier.pt")
+    job = SimpleNamespace(**vars(run) | dict(steps=run.classifier_steps, file="classifier.pt"))
+    job.checkpoint, job.resume, job.loaded = run.classifier, path.exists(), None
+    if path.exists() or run.classifier:
+        job.loaded = load_checkpoint(path, (SCRIPT,))
+        for key in (*PROCESS, *NETWORK, "classes"):
+            if job.loaded["settings"][key] != getattr(run, key):
+                raise ValueError(f"{path} was trained with another {key}")
+    shape = (run.channels, run.channel_mult, run.num_res_blocks, run.attention_resolutions)
+    net = Classifier(run.image_channels, len(run.classes), *shape, run.dropout, max(run.image_size))
+    classify = classifier_model(prepare(job, net), run.process)
+    if not run.classifier:
+        fit(net, lambda images, labels: classifier_loss(
+            classify, training_images(run, images), labels, run.process), run.data, job)
+    return classify
 
 
-def load_classifier(args, device):
-    """The network of --classifier and its number of classes; ValueError unless it was trained for
-    the score network's SDE and images."""
-    loaded = load_checkpoint(args.classifier)
-    theirs = argparse.Namespace(**loaded["args"], checkpoint=args.classifier, loaded=loaded,
-                                compile=args.compile)
-    if theirs.classes == 0:
-        raise ValueError(f"{args.classifier} is no classifier: train one with --task "
-                         "train-classifier")
-    for key in ("sde", "beta_min", "beta_max", "sigma_min", "sigma_max", "image_channels",
-                "image_size"):
-        if getattr(theirs, key) != getattr(args, key):
-            raise ValueError(f"{args.classifier} was trained with another {key}")
-    return build_classifier(theirs, device), theirs.classes
+def class_conditional(run):
+    """Samples of every class, and the classifier's accuracy at each t (Fig. 13)."""
+    classify, K, table = train_classifier(run), len(run.classes), []
+    x_0, labels = to_float(run, run.test[:1000]), run.test_labels[:1000]
+    for t in (1e-5, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7):
+        mean, std = run.process.marginal(x_0, x_0.new_full((len(x_0),), t))
+        noisy = (mean + expand(std, x_0) * torch.randn_like(x_0)).split(run.sample_batch_size)
+        guess = torch.cat([classify(x, x.new_full((len(x),), t)) for x in noisy]).argmax(1)
+        table.append((t, (guess == labels).float().mean().item()))
+        report("t = {:g}: accuracy {:.3f}".format(*table[-1]))
+    run.num_samples = K * math.ceil(run.num_samples / K)  # as many of each
+
+    def draw(first, n, record):  # image i is of class i mod K
+        run.calls, wanted = 0, (first + torch.arange(n, device=run.device)) % K
+        guided = guided_score(run.score, class_log_prob(classify, wanted), run.guidance)
+        return to_uint8(run, pc_sample(guided, run.process, prior(run, n), **run.chain))
+
+    first, _ = save_images(draw, run)
+    columns = max(1, len(first) // K)
+    rows = [first[k::K][:columns] for k in range(min(K, len(first)))]
+    save_grid(torch.cat(rows), run.out / "classes.png", columns, run.classes[: len(rows)])
+    return {"n": run.num_samples, "class": f"image i is of class i mod {K}", "t_accuracy": table,
+            "guidance": run.guidance, **run.chain, "evaluations": run.calls}
 
 
-@one_line_errors()
+TASKS = {"sample": sample, "samplers": samplers, "bpd": bpd, "interpolate": interpolate,
+         "inpaint": inpainting, "colorize": colorization, "class": class_conditional}
+
+
+def check(run):
+    """ValueError for what does not go together."""
+    controls = run.task in ("inpaint", "colorize", "class")
+    if run.task == "class" and not run.checkpoint:
+        raise ValueError("--task class takes the --checkpoint of a score network")
+    if run.predictor == "ode" and controls:
+        raise ValueError(f"--task {run.task} goes in steps: give it a --predictor other than ode")
+    if run.of_ddpm and any(getattr(run, key) != SETTINGS[key][0] for key in PROCESS[1:4]):
+        raise ValueError("--beta-min, --beta-max: the checkpoint has its own")
+    run.chain = dict(N=run.num_steps, predictor=run.predictor, corrector=run.corrector,
+                     snr=run.control_snr if controls else run.snr,
+                     corrector_steps=run.corrector_steps)
+
+
+def make_process(run):
+    """The SDE of the arguments, or of a network of ddpm.py. VE's sigma(1) may be measured."""
+    if run.of_ddpm:
+        return ddpm_process(*(run.of_ddpm[key] for key in ("T", "beta_1", "beta_T")))
+    if run.sde != "ve":
+        return {"vp": VP, "subvp": SubVP}[run.sde](run.beta_min, run.beta_max)
+    if not run.sigma_max:  # NCSNv2 takes 10,000 of more than 60,000 images
+        few = torch.randperm(len(run.data[0]))[: 10_000 if len(run.data[0]) > 60_000 else None]
+        run.sigma_max = max_pairwise_distance(run.data[0][few.to(run.data[0].device)]) / 255
+    return VE(run.sigma_min, run.sigma_max)
+
+
+def defined_samplers(run):
+    """The pairs of predictor and corrector that the task takes. ValueError for an undefined one."""
+    pairs = [(run.predictor, run.corrector)]
+    if run.task == "samplers":  # all but those that are not defined
+        pairs = [(p, c) for p in PREDICTORS for c in CORRECTORS if not p == c == "none"
+                 and (run.process.ancestral or p != "ancestral")]
+    for predictor, corrector in pairs if run.task not in ("bpd", "interpolate") else ():
+        if predictor != "ode":
+            check_sampler(run.process, run.num_steps, predictor, corrector)
+    return pairs
+
+
 def main(argv=None):
-    args = parse_args(argv)
-    device = setup(args)
-    of_ddpm = args.loaded["args"] if args.loaded and args.loaded["method"] == "ddpm" else None
-    if of_ddpm:  # DDPM is the VP SDE in T steps
-        args.beta_min, args.beta_max = (of_ddpm["T"] * of_ddpm[k] for k in ("beta_1", "beta_T"))
-    if args.task == "train-classifier":  # the score network's arguments, a network of its own
-        args.checkpoint, args.steps = None, args.classifier_steps
+    with one_line_errors():
+        run = read_args(argv, SETTINGS, preset, TASKS, PROCESS, reads=("ddpm",))
+        run.of_ddpm = run.loaded and run.loaded["method"] == "ddpm" and run.loaded["settings"]
+        check(run)
+        run.trains = run.trains or run.task == "class" and not run.classifier
+        setup(run)
+        run.data = load_data(run)
+        if run.task == "colorize" and run.image_channels != 3:
+            raise ValueError("--task colorize takes colour images")
+        run.process = make_process(run)
+        run.t_min = run.process.eps if run.of_ddpm else 1e-5  # of the likelihood (App. C)
+        run.pairs = defined_samplers(run)
+        net = prepare(run, build_unet(run, run.image_channels, run.image_channels))
+        score = score_model(net, run.process, run.of_ddpm and run.of_ddpm["T"])
+        run.calls = 0
 
-    data = None
-    if not args.checkpoint:
-        images, labels = load_split(args, train=True)
-        data = (images,)
-        if args.task == "train-classifier":
-            data, args.classes = (images, labels), labels.max().item() + 1
-            if args.classes < 2:
-                raise ValueError(f"{args.dataset} has one class: a subfolder is a class")
-        if args.sde == "ve" and args.sigma_max == "auto":
-            few = torch.randperm(len(images), generator=torch.Generator().manual_seed(args.seed))
-            few = few[:10_000] if len(few) > 60_000 else few  # as NCSNv2 does
-            args.sigma_max = max_pairwise_distance(images[few].to(device).float() / 255)
-    if data or args.task in ("bpd", "interpolate", "inpaint", "colorize"):
-        test_images(args, 1)  # what is wrong with them is said now, not after the training
-    if args.task == "colorize" and args.image_channels != 3:
-        raise ValueError("--task colorize takes colour images")
+        def counted(x, t):
+            run.calls += 1
+            return score(x, t)
 
-    if args.sde == "ve":
-        sde = VE(args.sigma_min, args.sigma_max)
+        run.score = counted
+        if not run.checkpoint:
+            fit(run.net, lambda x: dsm_loss(score, training_images(run, x), run.process),
+                run.data[:1], run)
+        do_tasks(run, TASKS, also=("bpd",))
+
+
+# ---- Plumbing: the same text in all six scripts --------------------------------------------------
+
+SCRIPT = Path(__file__).stem
+WORLD = int(os.environ.get("WORLD_SIZE", 1))  # processes of torchrun, 1 without it
+RANK, LOCAL_RANK = (int(os.environ.get(k, 0)) * (WORLD > 1) for k in ("RANK", "LOCAL_RANK"))
+TORCHVISION = {"digits": "MNIST", "mnist": "MNIST", "fashion_mnist": "FashionMNIST",
+               "cifar10": "CIFAR10"}  # the digits are in assets, as files of MNIST's format
+IMAGE_TYPES = ".jpg .jpeg .jfif .png .webp .bmp .gif .tif .tiff .ppm .pgm".split()
+COMMON = dict(  # flags of every script beside its settings
+    dataset="digits", data_dir="data", image_channels=0, out="", checkpoint="", resume=False,
+    seed=0, device="auto", compile=False, bf16=False,
+)
+HELP = dict(line.split(": ", 1) for line in """\
+dataset: digits, mnist, fashion_mnist, cifar10 or a folder of images
+data_dir: where torchvision downloads to
+image_channels: 1 for grey, 3 for colour, 0 for what the images are
+out: run folder, by default runs/SCRIPT-DATASET, or TASK beside the checkpoint
+checkpoint: do not train, take the EMA weights and settings of this file
+resume: continue the training in the run folder
+seed: of all random numbers
+device: cuda, mps or cpu; auto takes the first there is
+compile: torch.compile the network
+bf16: run the network in bfloat16, except where likelihoods are measured
+steps: training steps in all
+batch_size: examples a step, of all processes together
+lr: Adam's learning rate
+warmup: steps in which the learning rate rises to --lr
+lr_decay: p, after the warmup the learning rate falls as step^-p
+grad_clip: largest norm of the gradient, 0 for any
+ema_decay: of the averaged weights, 0 for no average
+flip: mirror training images at random
+image_size: pixels, N or H W, other images are resized
+channels: of the network's first level
+channel_mult: U-Net, channels of each level / --channels
+num_res_blocks: U-Net, residual blocks of a level
+attention_resolutions: U-Net, size of the levels with attention
+dropout: rate in the network's blocks
+num_samples: examples to sample
+sample_batch_size: examples sampled or tested at a time
+log_every: steps between two lines of log.jsonl
+save_every: steps between two checkpoints""".splitlines())
+NETWORK = ("image_channels", "image_size", "channels", "channel_mult", "num_res_blocks",
+           "attention_resolutions")
+MAY_BE_0 = ("image_channels seed warmup lr_decay grad_clip ema_decay dropout hybrid guidance eta "
+            "data_noise sigma_max levels eps mix_at num_steps").split()
+ADVICE = {  # for errors of the machine: what their text has in it, and what to do
+    "allocate|out of memory|ALLOC_FAILED": "the memory is full: lower --batch-size, "
+                                           "--sample-batch-size, --channels or --image-size",
+    "[Cc]ompiler": "--compile needs a C++ compiler (g++ or clang): install one or leave it out",
+    "PytorchStreamWriter|unexpected pos": "cannot write the checkpoint: is the disk full?",
+    "loading state_dict": "the checkpoint's weights do not fit its settings",
+}
+
+
+def report(line):
+    if RANK == 0:
+        print(line, flush=True)
+
+
+def fail(message):
+    print(f"{SCRIPT}.py: error: {' '.join(str(message).split())}", file=sys.stderr)
+    sys.exit(2)
+
+
+@contextlib.contextmanager
+def one_line_errors():
+    """What a user can get wrong, or the machine lacks, ends with one line and exit code 2."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # a code page may lack a folder's name
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        fail(error)
+    except RuntimeError as error:
+        for pattern, advice in ADVICE.items():
+            if re.search(pattern, str(error)):
+                fail(f"{advice} ({str(error).splitlines()[0]})")
+        raise
+
+
+def seed_all(*key):
+    """Make the random numbers from here on a function of key, such as (seed, step, process)."""
+    torch.manual_seed(zlib.crc32(repr(key).encode()))
+
+
+def read_args(argv, settings, preset, tasks, fixed=(), reads=()):
+    """The arguments as a namespace, `run`: a flag beats the checkpoint's value, which beats
+    preset(arguments), which beats settings, {name: value or (value, help)}. What is `fixed` must
+    agree with the checkpoint; reads: other scripts whose checkpoints will do."""
+    argv = sys.argv[1:] if argv is None else argv
+    show = argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(f"{SCRIPT}.py", None, __doc__.split("\n\n")[0],
+                                     formatter_class=show)
+    parser.error = fail
+    settings = COMMON | {"task": (tuple(tasks), "what to do with the trained network")} | settings
+    for key, value in settings.items():
+        value, text = value if key not in HELP else (value, HELP[key])
+        options = {"type": type(value)}
+        if isinstance(value, bool):
+            options = {"action": argparse.BooleanOptionalAction}
+        elif isinstance(value, tuple) and isinstance(value[0], str):  # choices, default first
+            options, value = {"choices": value}, value[0]
+        elif isinstance(value, tuple):
+            options = {"type": int, "nargs": "*" if key == "attention_resolutions" else "+"}
+        parser.add_argument(f"--{key.replace('_', '-')}", default=value, help=text, **options)
+    early, _ = parser.parse_known_args([word for word in argv if word not in ("-h", "--help")])
+    out = early.out or f"runs/{SCRIPT}-{Path(early.dataset).resolve().name}"
+    loaded, saved = None, {}
+    if early.checkpoint or early.resume:
+        methods = (SCRIPT,) if early.resume else (SCRIPT, *reads)
+        loaded = load_checkpoint(early.checkpoint or f"{out}/checkpoint.pt", methods)
+        saved = loaded["settings"]
+        if loaded["method"] != SCRIPT:  # take what the network is, not how it samples
+            known = (*NETWORK, *fixed, "dataset", "data_dir", "classes")
+            saved = {key: saved[key] for key in known if key in saved}
+        early.dataset = saved["dataset"]
+    parser.set_defaults(**{"classes": ()} | preset(early) | saved)
+    run = parser.parse_args(argv)
+    if run.checkpoint and run.resume:
+        fail("--resume continues the run folder's own checkpoint: leave out --checkpoint")
+    for key in settings:
+        value = getattr(run, key)
+        value = tuple(value) if isinstance(value, list) else value
+        for x in value if isinstance(value, tuple) else (value,):
+            if type(x) in (int, float) and not 0 < x < math.inf and (x or key not in MAY_BE_0):
+                fail(f"--{key.replace('_', '-')}: {x} is not a positive number")
+        setattr(run, key, value)
+    if len(run.image_size) > 2:
+        fail("--image-size takes one number, or height and width")
+    run.image_size = (run.image_size[0], run.image_size[-1])
+    for key in (*NETWORK, *fixed):
+        if saved.get(key, getattr(run, key)) != getattr(run, key):
+            fail(f"--{key.replace('_', '-')}: the checkpoint was trained with {saved[key]}")
+    beside = run.checkpoint and not run.out
+    run.out = Path(run.checkpoint).parent / run.task if beside else Path(out)
+    run.trains = not run.checkpoint
+    run.loaded, run.file = loaded, "checkpoint.pt"
+    machine = ("task", "out", "checkpoint", "resume", "device", "compile")
+    run.keys = [key for key in (*settings, "classes") if key not in machine]  # a checkpoint's
+    return run
+
+
+def setup(run):
+    """Choose the device, make the run folder, join the processes of torchrun, seed the weights."""
+    name = run.device
+    if name == "auto":
+        mps = "mps" if torch.backends.mps.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else mps
+    name = f"cuda:{LOCAL_RANK}" if name == "cuda" else name
+    try:
+        run.device = torch.device(name)
+        torch.zeros(1, device=run.device).item()
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"no device {name} here: {str(error).splitlines()[0]}") from error
+    if run.device.type == "cuda":
+        torch.cuda.set_device(run.device)
+        torch.set_float32_matmul_precision("high")  # TF32
+        torch.backends.cudnn.benchmark = True
+    step = run.loaded["step"] if run.checkpoint else run.steps
+    arguments = {"task": run.task, "checkpoint": run.checkpoint, "step": step}
+    arguments |= {key: getattr(run, key) for key in run.keys}
+    run.results, run.arguments = run.out / "results.json", json.loads(json.dumps(arguments))
+    again = run.checkpoint and read_results(run).get("arguments") == run.arguments  # interrupted
+    if RANK == 0 and not run.resume and not again and run.out.exists() and any(run.out.iterdir()):
+        resume = "continue with --resume or " * (run.out / "checkpoint.pt").exists()
+        raise ValueError(f"{run.out} is not empty: {resume}name another folder with --out")
+    run.out.mkdir(parents=True, exist_ok=True)
+    if WORLD > 1:
+        gpu = {"backend": "nccl", "device_id": run.device} if run.device.type == "cuda" else {}
+        patience = datetime.timedelta(hours=2)  # while the first process downloads
+        dist.init_process_group(**gpu or {"backend": "gloo"}, timeout=patience)
+    torch.manual_seed(run.seed)  # the same initial weights in every process
+
+
+def find_images(root):
+    """Of each image below root, training images first: is it for testing, its path, its class or
+    "". Splits are folders train and test, val, valid or validation, else a hash of the path."""
+    paths, left_out, rows = [], 0, []
+    for folder, inner, names in os.walk(root, onerror=fail, followlinks=True):
+        here, own = Path(folder).resolve(), "results.json" in names and Path(folder) != root
+        inner[:] = [name for name in inner if name[0] != "." and name != "__MACOSX" and not own
+                    and not here.is_relative_to(Path(folder, name).resolve())]  # a loop of links
+        names = [name for name in names if name[0] != "." and name != "Thumbs.db" and not own]
+        known = [name for name in names if Path(name).suffix.lower() in IMAGE_TYPES]
+        paths += [Path(folder, name).relative_to(root) for name in known]
+        left_out += len(names) - len(known)
+    tops = [path.parts[0].lower() for path in paths]
+    tests = [name for name in ("test", "val", "valid", "validation") if name in tops]
+    for path, top in zip(paths, tops, strict=True):
+        key, folders = zlib.crc32(path.as_posix().encode()), (*path.parts[:-1], "")
+        if "train" not in tops or not tests:
+            rows.append((key % 10 == 0, path, folders[0], key))
+        elif top in ("train", tests[0]):
+            rows.append((top == tests[0], path, folders[1], key))
+    if left_out + len(paths) > len(rows):
+        report(f"{root}: {left_out + len(paths) - len(rows)} other files are left out")
+    least = min(rows, key=lambda row: row[3])[3] if rows else 0
+    if not any(row[0] for row in rows):
+        rows = [(key == least, path, name, key) for _, path, name, key in rows]
+    if all(row[0] for row in rows):
+        raise ValueError(f"{root} holds {len(rows)} images ({' '.join(IMAGE_TYPES)}): 2 are needed")
+    return [row[:3] for row in sorted(rows)]
+
+
+def load_folder(run):
+    """Images and labels of both splits, as load_images; without training images if there is a
+    checkpoint. Sets run.classes and run.unlabelled, the images in no class's folder."""
+    root, (H, W), errors, grey = Path(run.dataset), run.image_size, [], []
+    rows = find_images(root)
+    run.classes = run.classes or tuple(sorted({name for _, _, name in rows if name}))
+    rows = [row for row in rows if row[0] or run.trains]
+    run.unlabelled = [str(root / path) for _, path, name in rows if name not in run.classes]
+    number = {name: i for i, name in enumerate(run.classes)}
+    labels = torch.tensor([number.get(name, -1) for _, _, name in rows])
+    mode = "L" if run.image_channels == 1 else "RGB"
+    images = torch.empty(len(rows), len(mode), H, W, dtype=torch.uint8)
+
+    def read(i):
+        file = root / rows[i][1]
+        try:
+            image = Image.open(file)
+            if image.mode[0] in "IF":
+                raise ValueError("more than 8 bits a channel: convert it to 8")
+            with contextlib.suppress(Exception):  # a broken EXIF block is no reason to stop
+                image = ImageOps.exif_transpose(image)
+            if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            images[i] = pil_to_tensor(ImageOps.fit(image.convert(mode), (W, H)))
+            grey.append(torch.equal(images[i, :1].expand_as(images[i]), images[i]))
+        except Exception as error:  # whatever a broken file makes a decoder raise
+            errors.append(f"{file}: {error}")
+
+    Image.MAX_IMAGE_PIXELS = None  # these limits are for servers: here the user chose the files
+    PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**30
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(read, range(len(rows))))
+    if errors:
+        raise ValueError(f"{len(errors)} of {len(rows)} images cannot be read: {min(errors)}")
+    if all(grey) and not run.image_channels:
+        images = images[:, :1].clone()
+    n = [row[0] for row in rows].index(True)  # training images come first
+    return (images[:n], labels[:n]), (images[n:], labels[n:])
+
+
+def load_images(run):
+    """Training images (N, C, H, W) uint8 and labels (N,) int64, -1 for none; the same of the test
+    split. Sets run.image_channels and run.classes, the names of the labels."""
+    if run.dataset in TORCHVISION:
+        own = run.dataset == "digits"
+        root = str(Path(__file__).parent / "assets") if own else run.data_dir
+        kind = getattr(torchvision.datasets, TORCHVISION[run.dataset])
+        if RANK > 0:
+            dist.barrier()  # only the first process downloads
+        try:
+            parts = [kind(root, train=train, download=not own) for train in (True, False)]
+        except (RuntimeError, OSError) as error:
+            raise OSError(f"cannot download {run.dataset} ({error}); without a network put its "
+                          f"files where torchvision looks for them, below {root}") from error
+        if RANK == 0 and WORLD > 1:
+            dist.barrier()
+        run.classes = tuple(parts[0].classes)
+        parts = [(torch.as_tensor(x.data), torch.as_tensor(x.targets)) for x in parts]
+        parts = [(x[:, None] if x.dim() == 3 else x.permute(0, 3, 1, 2), y) for x, y in parts]
+    elif Path(run.dataset).is_dir():
+        parts = load_folder(run)
     else:
-        sde = {"vp": VP, "subvp": SubVP}[args.sde](args.beta_min, args.beta_max)
-    t_min = 1e-5  # of training and likelihood (App. C)
-    if of_ddpm:  # whose first step is t = 1 / T
-        sde.eps = t_min = 1 / of_ddpm["T"]
-    sampler = {"N": args.num_steps, "predictor": args.predictor, "corrector": args.corrector,
-               "snr": args.snr, "corrector_steps": args.corrector_steps}
-    if args.task in ("inpaint", "colorize", "class"):
-        sampler["snr"] = args.control_snr
-    by_ode = args.task == "sample" and args.predictor == "ode"
-    if args.predictor == "ode" and args.task in ("inpaint", "colorize", "class"):
-        raise ValueError(f"--task {args.task} goes in steps: give it a --predictor other than ode")
-    pairs = [(args.predictor, args.corrector)]  # that the task takes
-    if args.task == "samplers":  # all, but those that are not defined
-        pairs = [(p, c) for p in PREDICTORS for c in CORRECTORS if not p == c == "none"]
-        pairs = [pair for pair in pairs if sde.ancestral or pair[0] != "ancestral"]
-    if not by_ode and args.task in ("sample", "samplers", "inpaint", "colorize", "class"):
-        for pair in pairs:
-            check_sampler(sde, args.num_steps, *pair)
-    tolerances = {"rtol": args.tolerance, "atol": args.tolerance}
-    low, high = sde.data_range
+        raise ValueError(f"no data set {run.dataset}: take {', '.join(TORCHVISION)} or a folder")
+    run.image_channels = run.image_channels or parts[0][0].shape[1]
+    if parts[0][0].shape[1] != run.image_channels:
+        raise ValueError(f"{run.dataset}: the network takes {run.image_channels} channels")
+    return [(resize(x, list(run.image_size), antialias=True).contiguous(), y) for x, y in parts]
 
-    def to_float(images):
-        return low + (high - low) * images.to(device).float() / 255
 
-    def dequantized(images):
-        images = images.to(device).float()
-        return low + (high - low) * (images + torch.rand_like(images)) / 256
+def load_data(run):
+    """Training images and labels, on the device if they are small; sets run.test and
+    run.test_labels, in an order that --seed draws. Samples need no data: there both may be None."""
+    run.test, run.unlabelled = None, []
+    try:
+        train, test = load_images(run)
+        order = torch.randperm(len(test[0]), generator=torch.Generator().manual_seed(run.seed))
+        run.test, run.test_labels = (part[order].to(run.device) for part in test)
+    except (ValueError, OSError) as error:
+        if not run.checkpoint or run.task != "sample":
+            raise
+        report(f"process.png goes without its first row: {error}")
+    if not run.trains:
+        return None
+    few = train[0].nbytes < 2**32  # 4 GB
+    return [part.to(run.device) if few else part for part in train]
 
-    def to_uint8(x):
-        return ((x - low) / (high - low) * 256).clamp(0, 255).to(torch.uint8)
 
-    def centred(x):
-        return 2 * (x - low) / (high - low) - 1
+def prepare(run, net):
+    """Move net to the device, with a checkpoint's EMA weights if there is one. Returns a function
+    of net's inputs that is float32 outside and, with --bf16, bfloat16 inside."""
+    if run.checkpoint:
+        net.eval().requires_grad_(False).load_state_dict(run.loaded["ema"])
+    if run.compile:
+        net.compile()
+    run.net = net.to(run.device)
 
-    def score(x, t):
-        calls.append(1)
-        label = of_ddpm["T"] * t - 1 if of_ddpm else 999 * t
-        return -call(net, args, centred(x), label) / expand(sde.marginal(x, t)[1], x)
+    def call(*inputs):
+        with torch.autocast(run.device.type, torch.bfloat16, enabled=run.bf16):
+            return net(*inputs).float()
 
-    def classify(network, x, t):
-        return call(network, args, centred(x), 999 * t)
+    return call
 
-    def loss_fn(images, labels=None):
-        x_0 = dequantized(images) if args.dequantize else to_float(images)
-        if labels is None:
-            return dsm_loss(score, x_0, sde)
-        return classifier_loss(lambda x, t: classify(net, x, t), x_0, labels, sde)
 
-    if args.task == "train-classifier":
-        net = build_classifier(args, device)
-    else:
-        net = build_unet(args, args.image_channels, args.image_channels, device)
-    if args.task == "class":
-        classifier, classes = load_classifier(args, device)
-    calls = []  # one entry for each evaluation of the score
+def build_unet(run, in_channels, out_channels):
+    shape = (run.channels, run.channel_mult, run.num_res_blocks, run.attention_resolutions)
+    return UNet(in_channels, out_channels, *shape, run.dropout, max(run.image_size))
 
-    def prior(n):
-        return sde.prior((n, args.image_channels, *args.image_size), device)
 
-    def flow(x_T):
-        args.bf16 = False  # its precision is below the solver's tolerance
-        x, _ = ode_sample(score, sde, x_T, **tolerances)
-        if of_ddpm:  # as the last step of its own chain: at t = 1 / T the noise can be seen
-            x = posterior_mean(score, sde, x, torch.full((len(x),), sde.eps, device=device))
-        return x
+def save_checkpoint(path, state):
+    """Write beside path, flush to the disk, rename: path is the old file or the new, never half."""
+    with open(f"{path}.part", "wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(f"{path}.part", path)
 
-    def sample():
-        record = []
 
-        def draw(n):
-            calls.clear()
-            states = None if record else record
-            if by_ode:
-                args.bf16, x_T = False, prior(n)
-                if states is not None:  # its stops are no evaluations of the samples
-                    ode_sample(score, sde, x_T[:8], **tolerances, record=states)
-                    calls.clear()
-                return to_uint8(flow(x_T))
-            return to_uint8(pc_sample(score, sde, prior(n), **sampler, record=states))
+def load_checkpoint(path, methods):
+    """The checkpoint, on the CPU. torch.load takes a flipped byte for data: the archive's checksums
+    come first. weights_only keeps a hostile file from running code."""
+    if not Path(path).is_file():
+        raise ValueError(f"there is no checkpoint {path}")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            headers = [(r.file_size - r.compress_size, r.external_attr) for r in archive.infolist()]
+            if any(map(any, headers)) or archive.testzip() is not None:
+                raise ValueError("a size, a flag or a checksum is wrong")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        method, _, _ = state["method"], state["ema"], state["settings"]["dataset"]
+    except Exception as error:  # whatever a damaged file makes zipfile and the unpickler raise
+        raise ValueError(f"cannot read the checkpoint {path}: truncated, damaged, written by an "
+                         "older version or not by these scripts") from error
+    if method not in methods:
+        raise ValueError(f"{path} is a checkpoint of {method}.py, not of {' or '.join(methods)}.py")
+    return state
 
-        save_grid(save_images(draw, args), Path(args.out, "samples.png"), columns=10)
-        rows, image = [*torch.stack(record, dim=1)[:8]], test_image(args)
-        if image is not None:  # at the recorded times, and at 0
-            N = 15 if by_ode else args.num_steps
-            steps = torch.tensor([0, *record_steps(N)], device=device)
-            t = sde.eps + (1 - sde.eps) * steps / N
-            mean, std = sde.marginal(to_float(image).expand(len(t), -1, -1, -1), t)
-            rows.insert(0, mean + expand(std, mean) * torch.randn_like(mean))
-        save_grid(to_uint8(torch.cat(rows)), Path(args.out, "process.png"), columns=len(record))
-        how = {"predictor": "ode"} | tolerances if by_ode else sampler
-        return {"n": args.num_samples, **how, "evaluations": len(calls)}
 
-    def samplers():
-        x_T, rows, table = prior(10), [], []
-        for predictor, corrector in [*pairs, ("ode", "none")]:
-            torch.manual_seed(args.seed + 1)  # in each row the same noise, and not x_T
-            calls.clear()
-            start = time.time()
-            options = sampler | {"predictor": predictor, "corrector": corrector}
-            if predictor == "none":  # Table 1, C2000, and Table 5
-                options |= {"corrector_steps": 2, "snr": 0.22 if args.sde == "ve" else 0.27}
-            if predictor == "ode":
-                x_0 = flow(x_T)
-            else:
-                x_0 = pc_sample(score, sde, x_T, **options)
-            rows.append(to_uint8(x_0))
-            seconds = round(time.time() - start, 1)
-            table.append({"predictor": predictor, "corrector": corrector, "snr": options["snr"],
-                          "corrector_steps": options["corrector_steps"],
-                          "evaluations": len(calls), "seconds": seconds})
-            line = "{predictor}, {corrector}: {evaluations} evaluations, {seconds} s"
-            report(line.format(**table[-1]), last=True)
-        labels = [line.format(**row) for row in table]
-        save_grid(torch.cat(rows), Path(args.out, "samplers.png"), columns=10, labels=labels)
-        return {"n": len(x_T), **sampler, **tolerances, "table": table}
+def fit(net, loss_fn, data, run):
+    """Train to step run.steps, write log.jsonl and run.file, leave the EMA weights in net.
 
-    def bpd():
-        args.bf16 = False
-        calls.clear()
-        batches = test_images(args, args.num_test)[0].split(args.sample_batch_size)
-        bits = [bits_per_dim(score, sde, images.to(device), **tolerances, t_min=t_min)
-                for images in batches]
-        bits = torch.cat(bits).cpu()
-        mean, error = bits.mean().item(), bits.std().item() / math.sqrt(len(bits))
-        report(f"test bits/dim {mean:.4f} +- {error:.4f}: density of the ODE at t = {t_min:g}, "
-               f"images uniformly dequantised; n = {len(bits)}", last=True)
-        return {"n": len(bits), "split": "test", "bits_per_dim": mean, "standard_error": error,
-                "is": "density of the ODE at t_min, no bound; images uniformly dequantised; one "
-                "Rademacher probe each", "t_min": t_min, "evaluations": len(calls), **tolerances}
+    data: tensors of one length, of which each step draws rows; loss_fn(*rows): a scalar. A step is
+    a function of the weights and (seed, step, process), so that a resumed run equals an
+    uninterrupted one. Ctrl-C, SIGTERM and SIGHUP save. A step that is not finite changes nothing.
+    """
+    if run.batch_size % WORLD:
+        raise ValueError(f"--batch-size {run.batch_size} is not a multiple of {WORLD} processes")
+    weights, log, step = list(net.parameters()), run.out / "log.jsonl", 0
+    optimizer = torch.optim.Adam(weights, run.lr, fused=True)
+    ema = copy.deepcopy(net).eval().requires_grad_(False)
+    running = torch.zeros(2, device=run.device)  # sum and number of the losses since the last line
+    size, start = {"n": len(data[0]), "parameters": sum(p.numel() for p in weights)}, time.time()
+    report(f"{[*data[0].shape]} data, {size['parameters']:,} parameters, to {run.out}")
+    if run.resume:
+        state, step = run.loaded, run.loaded["step"]
+        if step > run.steps:
+            raise ValueError(f"--steps {run.steps}: the checkpoint has done {step} already")
+        for part, key in ((net, "model"), (ema, "ema"), (optimizer, "optimizer")):
+            part.load_state_dict(state[key])
+        running += state["running"].to(run.device)
+        if RANK == 0 and log.exists():  # later steps happen again: drop their lines
+            lines = [line for line in log.read_text().splitlines() if line.endswith("}")]
+            log.write_text("".join(f"{x}\n" for x in lines if json.loads(x)["step"] <= step))
+    signals, stopped, seen, since = [], False, step, start
+    stops = [getattr(signal, name, None) for name in ("SIGINT", "SIGTERM", "SIGHUP")]
+    stops = {s: signal.getsignal(s) for s in stops if s and signal.getsignal(s) != signal.SIG_IGN}
+    for stop in stops:
+        signal.signal(stop, lambda number, _: signals.append(number))
+    net.train()
+    while step < run.steps and not stopped:
+        step += 1
+        seed_all(run.seed, step, RANK)
+        warm = step / max(1, run.warmup)
+        for group in optimizer.param_groups:
+            group["lr"] = run.lr * min(1, warm, warm**-run.lr_decay)
+        rows = torch.randint(len(data[0]), (run.batch_size // WORLD,), device=data[0].device)
+        batch = [part[rows].to(run.device) for part in data]
+        if run.flip:
+            mirror = torch.rand(len(rows), 1, 1, 1, device=run.device) < 0.5
+            batch[0] = torch.where(mirror, batch[0].flip(-1), batch[0])
+        optimizer.zero_grad()
+        loss = loss_fn(*batch)
+        loss.backward()
+        loss = loss.detach()
+        if WORLD > 1:  # loss and gradients become the means over all processes, in one message
+            parts = [loss, *[p.grad for p in weights]]
+            means = torch.cat([part.flatten() for part in parts]) / WORLD
+            dist.all_reduce(means)
+            for part, mean in zip(parts, means.split([x.numel() for x in parts]), strict=True):
+                part.copy_(mean.view_as(part))
+        norm = nn.utils.clip_grad_norm_(weights, run.grad_clip or math.inf)
+        finite = loss.isfinite() & norm.isfinite()  # a tensor: whoever reads it waits for the GPU
+        optimizer.found_inf = 1 - finite.float()  # at 1 the fused Adam does nothing
+        optimizer.step()
+        with torch.no_grad():
+            decay = min(run.ema_decay, (1 + step) / (10 + step))
+            torch._foreach_lerp_(list(ema.parameters()), weights, 1 - decay)
+            running += torch.where(finite, torch.stack([loss, torch.ones_like(loss)]), 0.0)
+        stopped = bool(signals) and WORLD == 1
+        if step == 1 or step % run.log_every == 0:
+            (total, count), norm = running.tolist(), norm.item()
+            running.zero_()
+            if count == 0:
+                fail(f"no loss and gradient since the last log line, to step {step}, is finite: "
+                     "lower --lr")
+            if WORLD > 1:  # all processes stop at the same step
+                stop = torch.tensor(float(len(signals)), device=run.device)
+                dist.all_reduce(stop)
+                stopped = stop.item() > 0
+            pace = (time.time() - since) / (step - seen)  # seconds a step
+            seen, since = step, time.time()
+            left = datetime.timedelta(seconds=round(pace * (run.steps - step)))
+            report(f"step {step} of {run.steps}: loss {total / count:.4f}, "
+                   f"{run.batch_size / pace:.0f} examples/s, {left} left")
+            line = {"step": step, "loss": total / count, "grad_norm": norm, "lr": group["lr"]}
+            if RANK == 0:
+                with open(log, "a") as file:
+                    file.write(json.dumps(line) + "\n")
+        if RANK == 0 and (step % run.save_every == 0 or step == run.steps or stopped):
+            save_checkpoint(run.out / run.file, {
+                "method": SCRIPT, "step": step, "settings": {k: getattr(run, k) for k in run.keys},
+                "model": net.state_dict(), "ema": ema.state_dict(),
+                "optimizer": optimizer.state_dict(), "running": running,
+            })
+    for stop, handler in stops.items():
+        signal.signal(stop, handler)
+    if stopped:
+        report(f"stopped after step {step}, which is saved: continue with --resume")
+        sys.exit(128 + (signals or [signal.SIGTERM])[0])
+    net.eval().requires_grad_(False).load_state_dict(ema.state_dict())
+    save_results(run, train={"step": step, **size, "seconds": round(time.time() - start, 1)})
 
-    def interpolate():
-        args.bf16 = False
-        calls.clear()
-        x_0 = to_float(test_images(args, 16)[0])
-        x_0 = x_0[: len(x_0) // 2 * 2]
-        z, z_prime = ode_encode(score, sde, x_0, **tolerances)[0].chunk(2)
-        # spherical (Fig. 6), as z and z_prime are nearly orthogonal and of one length
-        angles = [k / 10 * math.pi / 2 for k in range(11)]
-        mixed = torch.stack([math.cos(a) * z + math.sin(a) * z_prime for a in angles], dim=1)
-        parts = mixed.flatten(0, 1).split(args.sample_batch_size)  # of (8 * 11, C, H, W)
-        x = torch.cat([ode_sample(score, sde, part, **tolerances)[0] for part in parts])
-        x = x.view_as(mixed)
-        ends = [half[:, None] for half in x_0.chunk(2)]
-        rows = torch.cat([ends[0], x, ends[1]], dim=1)  # (8, 13, C, H, W)
-        save_grid(to_uint8(rows.flatten(0, 1)), Path(args.out, "interpolation.png"), columns=13)
-        error = (torch.cat([x[:, 0], x[:, -1]]) - x_0).abs().max().item()
-        report(f"decoded codes differ from their images by at most {error:.1e}", last=True)
-        return {"n": len(z), "split": "test", "largest_error": error, "evaluations": len(calls),
-                **tolerances}
 
-    def inpainting():
-        calls.clear()
-        x, (H, W) = to_float(test_images(args, 4)[0]), args.image_size
-        masks, rows = x.new_ones(3, 1, 1, H, W), []
-        masks[0, ..., : W // 2] = masks[1, ..., W // 2 :] = 0  # left, right half missing
-        masks[2, ..., H // 4 : H - H // 4, W // 4 : W - W // 4] = 0  # the centre
-        for mask in masks:
-            known = x.repeat(6, 1, 1, 1)  # six completions of each
-            filled = inpaint(score, sde, known, mask, prior(len(known)), **sampler)
-            grey = (low + high) / 2 * (1 - mask)
-            parts = [x * mask + grey, *filled.chunk(6), x]
-            rows.append(torch.stack(parts, dim=1).flatten(0, 1))  # image by image
-        save_grid(to_uint8(torch.cat(rows)), Path(args.out, "inpainting.png"), columns=8)
-        return {"n": len(x), "split": "test", "completions": 6, **sampler,
-                "evaluations": len(calls)}
+def save_grid(images, path, columns, labels=()):
+    """uint8 images (N, C, H, W) as one PNG, small ones enlarged; labels: a text beside each row."""
+    scale = max(1, 48 // images.shape[3])
+    images = images.cpu().repeat_interleave(scale, 2).repeat_interleave(scale, 3)
+    grid = to_pil_image(make_grid(images, columns, pad_value=96))
+    if labels:
+        height, width = images.shape[2] + 2, 7 * max(map(len, labels))
+        grid = ImageOps.expand(grid, (width, 0, 0, 0), "white")
+        for row, label in enumerate(labels):
+            ImageDraw.Draw(grid).text((6, row * height + height // 2 - 5), label, fill="black")
+    if RANK == 0:
+        grid.save(path)
 
-    def colorization():
-        calls.clear()
-        x = to_float(test_images(args, 8)[0])
-        gray = x.mean(1, keepdim=True)
-        known = gray.repeat(6, 1, 1, 1)  # six of each
-        colored = colorize(score, sde, known, prior(len(known)), **sampler)
-        parts = [gray.expand_as(x), *colored.chunk(6), x]
-        rows = torch.stack(parts, dim=1).flatten(0, 1)  # image by image
-        save_grid(to_uint8(rows), Path(args.out, "colorization.png"), columns=8)
-        return {"n": len(x), "split": "test", "completions": 6, **sampler,
-                "evaluations": len(calls)}
 
-    def accuracy():
-        images, labels = test_images(args, 1000)
-        x_0, labels, table = to_float(images), labels.to(device), []
-        for t in (1e-5, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7):  # Fig. 13, there by sigma
-            times = torch.full((len(x_0),), t, device=device)
-            mean, std = sde.marginal(x_0, times)
-            x = mean + expand(std, x_0) * torch.randn_like(x_0)
-            parts = zip(x.split(args.sample_batch_size), times.split(args.sample_batch_size),
-                        strict=True)
-            guess = torch.cat([classify(net, *part) for part in parts]).argmax(1)
-            table.append((t, (guess == labels).float().mean().item()))
-            report("t = {:g}: accuracy {:.3f}".format(*table[-1]), last=True)
-        return {"n": len(x_0), "split": "test", "t_accuracy": table, "classes": args.classes}
+def save_images(draw, run):
+    """Make images/NNNNNN.png of draw(first, n, record) -> (n, C, H, W) uint8, in batches. Each is a
+    function of (seed, first): processes share them, and what exists is not drawn again.
+    Returns at most 100 images, and the states of the first batch if it was drawn here and now."""
+    folder, record = run.out / "images", []
+    if RANK == 0:
+        if read_results(run).get("arguments") != run.arguments:
+            shutil.rmtree(folder, ignore_errors=True)  # they are images of other settings
+        save_results(run, arguments=run.arguments)
+        folder.mkdir(exist_ok=True)
+    if WORLD > 1:
+        dist.barrier()
+    files = [folder / f"{i:06d}.png" for i in range(run.num_samples)]
+    for first in range(0, run.num_samples, run.sample_batch_size)[RANK::WORLD]:
+        batch = files[first : first + run.sample_batch_size]
+        new = first == 0 and not (run.out / "process.png").exists()
+        if new or not all(file.exists() for file in batch):
+            seed_all(run.seed, "batch", first)
+            images = draw(first, len(batch), record if first == 0 else None).cpu()
+            for image, file in zip(images, batch, strict=True):
+                to_pil_image(image).save(f"{file}.part", "png")
+                os.replace(f"{file}.part", file)
+            report(f"{first + len(batch)} of {run.num_samples} images")
+    if WORLD > 1:
+        dist.barrier()
+    seed_all(run.seed, "process")  # whichever batches were drawn here
+    return torch.stack([pil_to_tensor(Image.open(file)) for file in files[:100]]), record
 
-    def class_conditional():
-        labels = torch.arange(classes, device=device)
-        args.num_samples = classes * -(-args.num_samples // classes)  # as many of each
-        drawn = [0]
 
-        def draw(n):  # image i is of class i mod classes
-            calls.clear()
-            wanted = labels[(drawn[0] + torch.arange(n, device=device)) % classes]
-            drawn[0] += n
+def read_results(run):
+    return json.loads(run.results.read_text()) if run.results.exists() else {}
 
-            def log_prob(x, t):
-                return classify(classifier, x, t).log_softmax(1).gather(1, wanted[:, None])[:, 0]
 
-            guided = guided_score(score, log_prob, args.guidance)
-            return to_uint8(pc_sample(guided, sde, prior(n), **sampler))
+def save_results(run, **entries):
+    if RANK == 0:
+        run.results.write_text(json.dumps(read_results(run) | entries, indent=2) + "\n")
 
-        first = save_images(draw, args)
-        columns = max(1, len(first) // classes)
-        rows = [first[k::classes][:columns] for k in range(min(classes, len(first)))]
-        save_grid(torch.cat(rows), Path(args.out, "classes.png"), columns)
-        return {"n": args.num_samples, "class": f"image i is of class i mod {classes}",
-                "guidance": args.guidance, **sampler, "evaluations": len(calls)}
 
-    tasks = {"sample": sample, "samplers": samplers, "bpd": bpd, "interpolate": interpolate,
-             "inpaint": inpainting, "colorize": colorization, "train-classifier": accuracy,
-             "class": class_conditional}
-    run(args, tasks, net, loss_fn, data, also=("bpd",), sde=args.sde)
+def do_tasks(run, tasks, also=()):
+    """Do run.task and, after training for `sample`, the tasks `also`; what they return goes into
+    results.json, with what repeats it."""
+    for name in (run.task, *(also if run.task == "sample" and not run.checkpoint else ())):
+        seed_all(run.seed, name)
+        start = time.time()
+        measured = {"step": run.arguments["step"], "weights": "EMA", **tasks[name](run),
+                    "dataset": run.dataset, "classes": run.classes, "seed": run.seed,
+                    "torch": torch.__version__, "torchvision": torchvision.__version__,
+                    "date": time.strftime("%Y-%m-%d"), "seconds": round(time.time() - start, 1)}
+        save_results(run, **{name: measured})
+    if WORLD > 1:
+        dist.destroy_process_group()
+    report(f"{run.out} holds {', '.join(sorted(file.name for file in run.out.iterdir()))}")
 
 
 if __name__ == "__main__":
