@@ -79,15 +79,11 @@ class Schedule:
         self.beta_tilde[1:] = ratio * self.beta[1:]  # Eq. (7)
 
     def to(self, device):
-        """Move the tables, in place as a module does it."""
+        """Move the tables, in place as a module does it (float32 on mps, which has no float64)."""
+        dtype = torch.float32 if torch.device(device).type == "mps" else torch.float64
         for name in ("beta", "alpha", "alpha_bar", "beta_tilde"):
-            setattr(self, name, getattr(self, name).to(device, precision(device)))
+            setattr(self, name, getattr(self, name).to(device, dtype))
         return self
-
-
-def precision(device):
-    """The dtype of tables: float64, which only mps does not have."""
-    return torch.float32 if torch.device(device).type == "mps" else torch.float64
 
 
 def expand(a, x):

@@ -27,6 +27,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 import torchvision
 from PIL import Image, PngImagePlugin
 from torch.overrides import TorchFunctionMode
@@ -39,7 +40,7 @@ import ddpm
 import ncsn
 import sde
 import sliced_sm
-from unet import UNet
+from unet import UNet, ddpm_plus_plus, double, fir_blur, halve, ncsn_plus_plus
 
 torch.set_num_threads(1)  # tensors are tiny here
 ROOT = Path(__file__).parent
@@ -2087,6 +2088,188 @@ def test_unet_takes_any_size_that_halves(shape):
 def test_unet_names_the_multiple():
     with pytest.raises(ValueError, match="multiples of 8"):
         UNet(3, 3, 32)(torch.zeros(1, 3, 32, 28), torch.zeros(1))
+
+
+# ---- 2. At the edges: DDPM++ and NCSN++ ----------------------------------------------------------
+
+BOTH = pytest.mark.parametrize("make", [ddpm_plus_plus, ncsn_plus_plus])
+SMALL = (1, 8, (1, 2, 2), (8,), 0.0, 16)  # blocks, channels, mult, attention, dropout, size
+
+
+def awake(net, scale=0.1):
+    """Weights that let every layer speak."""
+    with torch.no_grad():
+        for p in net.parameters():
+            p.add_(scale * torch.randn_like(p))
+    return net
+
+
+@pytest.mark.parametrize(("make", "blocks", "trained", "fixed"), [
+    (ddpm_plus_plus, 4, 61_804_419, 0), (ddpm_plus_plus, 8, 106_632_579, 0),
+    (ncsn_plus_plus, 4, 62_758_787, 128), (ncsn_plus_plus, 8, 107_586_947, 128),
+])
+def test_score_sde_networks_have_the_published_sizes(make, blocks, trained, fixed):
+    with torch.device("meta"):
+        net = make(num_res_blocks=blocks)
+    assert sum(p.numel() for p in net.parameters() if p.requires_grad) == trained
+    assert sum(b.numel() for b in net.buffers()) == fixed
+    assert ("frequency" in net.state_dict()) == (fixed > 0)  # a checkpoint keeps it
+
+
+def direct(x, up, down, before, after):
+    """Zeros between and around the pixels, the filter with sum up^2, then every down-th pixel."""
+    z = x.new_zeros(*x.shape[:2], up * x.shape[2], up * x.shape[3])
+    z[:, :, ::up, ::up] = x
+    kernel = torch.tensor([1, 3, 3, 1], dtype=x.dtype) * up / 8
+    z = F.pad(z, (before, after, before, after)).flatten(0, 1).unsqueeze(1)
+    z = F.conv2d(z, kernel.outer(kernel)[None, None])[:, 0, ::down, ::down]
+    return z.unflatten(0, x.shape[:2])
+
+
+@pytest.mark.parametrize("size", [(8, 8), (6, 10), (2, 2), (7, 5)])
+@pytest.mark.parametrize(("resample", "how"), [
+    (lambda x: halve(x, True), (1, 2, 1, 1)), (lambda x: double(x, True), (2, 1, 2, 1)),
+    (fir_blur, (1, 1, 2, 2)),
+])
+def test_fir_resampling_is_the_direct_one(resample, how, size):
+    alternating = (-1.0) ** torch.arange(size[1]).double().expand(2, 3, *size)
+    for x in (torch.randn(2, 3, *size).double(), torch.ones_like(alternating), alternating):
+        torch.testing.assert_close(resample(x), direct(x, *how), rtol=1e-12, atol=1e-12)
+    x = torch.randn(1, 2, *size).double().requires_grad_()
+    assert torch.autograd.gradcheck(resample, x) and torch.autograd.gradgradcheck(resample, x)
+
+
+@BOTH
+def test_score_sde_networks_start_at_zero(make):
+    net = make(3, 3, 1, 64, (1, 2), (8,), 0.1, 16)
+    assert net(torch.randn(2, 3, 16, 16), torch.rand(2)).abs().max() < 1e-3
+    limit = math.sqrt(0.1 * 6 / (128 + 128))  # q, k, v: a tenth of the variance of DDPM's
+    assert 0.99 * limit < net.mid[0].attention.qkv.weight.abs().max() <= limit
+    for last in (net.down[0].conv2, net.mid[0].attention.out, net.conv_out):
+        assert 0 < last.weight.abs().max() < 1e-5
+    if make is ncsn_plus_plus:  # N(0, 16^2)
+        assert net.frequency.std().item() == pytest.approx(16, rel=3 / math.sqrt(2 * 64))
+
+
+@BOTH
+@pytest.mark.parametrize("shape", [(1, 1, 8, 8), (2, 1, 16, 12), (3, 3, 4, 20)])
+def test_score_sde_networks_take_any_size_that_halves(make, shape):
+    net = awake(make(shape[1], 5, 2, 12, (1, 2, 1), (4,), 0.5, 8)).eval()
+    x = torch.randn(shape)
+    for t in (torch.full(shape[:1], 2), torch.full(shape[:1], 2.0).double()):
+        out = net(x, t)
+        assert out.shape == (shape[0], 5, *shape[2:]) and out.dtype == torch.float32
+    assert torch.equal(out, net(x, t)) and not torch.equal(out, net(x, t + 0.3))
+    assert not torch.equal(net.train()(x, t), net.train()(x, t))  # dropout
+    assert sum("qkv.weight" in name for name, _ in net.named_parameters()) == 2 + 1 + 1
+    for size, match in (((shape[1], 8, 6), "multiples of 4"), ((2, 8, 8), f"{shape[1]} channels")):
+        with pytest.raises(ValueError, match=match):
+            net(torch.zeros(1, *size), torch.zeros(1))
+    with pytest.raises(ValueError, match="multiple of 32"):
+        make(channels=130)
+
+
+@BOTH
+def test_score_sde_networks_are_differentiated_twice(make):
+    """The weights' gradient of v^T J v, attention included, equals central differences."""
+    net, (x, v) = awake(make(1, 1, *SMALL).double(), 0.2), torch.randn(2, 2, 1, 8, 8).double()
+    weights, x = list(net.parameters()), x.requires_grad_()
+
+    def loss():
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+            out = (v * net(x, torch.ones(2))).sum()
+        return (v * torch.autograd.grad(out, x, create_graph=True)[0]).sum()
+
+    gradients = torch.autograd.grad(loss(), weights, materialize_grads=True)
+    assert sum((g == 0).all() for g in gradients) == 1  # only the last bias leaves J unchanged
+    along, values = [torch.randn_like(p) for p in weights], []
+    for step in (1e-6, -2e-6):
+        torch._foreach_add_([p.data for p in weights], along, alpha=step)
+        values.append(loss().item())
+    exact = sum((g * d).sum() for g, d in zip(gradients, along, strict=True)).item()
+    assert (values[0] - values[1]) / 2e-6 == pytest.approx(exact, rel=1e-4)
+
+
+@BOTH
+def test_score_sde_networks_in_bfloat16_compiled_and_on_a_gpu(make):
+    net, x, t = awake(make(1, 1, *SMALL), 0.05).eval(), torch.randn(2, 1, 16, 16), torch.rand(2)
+    out = net(x, t)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert (net(x, t) - out).abs().max() < 0.05 * out.abs().max()
+    if make is ncsn_plus_plus:  # it has every option; compiling takes seconds
+        compiled = torch.compile(net, backend="aot_eager", fullgraph=True)
+        torch.testing.assert_close(compiled(x, t), out)
+    with CudaIsMeta(), PretendGpu() as mode:
+        net.to(torch.device("cuda"))
+        there = net(x.to(torch.device("cuda")), t.to(torch.device("cuda")))
+        assert mode.waits == 0
+        torch.testing.assert_close(there.cpu(), out)
+
+
+def published_score_net(net, x, features):
+    """The released network from our weights, written independently: one operation after another."""
+    w, swish = dict(net.named_parameters()), F.silu
+    fir, root2 = "pyramid.0.weight" in w, math.sqrt(2)
+
+    def norm(name, h):
+        h = h.unflatten(1, (h.shape[1] // 4, 4))  # 4 channels a group below 128
+        var, mean = torch.var_mean(h, (2, 3, 4), keepdim=True, correction=0)
+        h = ((h - mean) / (var + 1e-6).sqrt()).flatten(1, 2)
+        return h * w[f"{name}.weight"][:, None, None] + w[f"{name}.bias"][:, None, None]
+
+    def conv(name, h, **options):
+        return F.conv2d(h, w[f"{name}.weight"], w[f"{name}.bias"], **options)
+
+    def dense(name, h):
+        return h @ w[f"{name}.weight"].T + w[f"{name}.bias"]
+
+    def block(name, h, resample=None):
+        y = swish(norm(f"{name}.norm1", h))
+        if resample == "down":
+            h, y = (direct(z, 1, 2, 1, 1) if fir else F.avg_pool2d(z, 2) for z in (h, y))
+        if resample == "up":
+            h, y = (direct(z, 2, 1, 2, 1) if fir else z.repeat_interleave(2, 2)
+                    .repeat_interleave(2, 3) for z in (h, y))
+        y = conv(f"{name}.conv1", y, padding=1) + dense(f"{name}.temb", temb)[:, :, None, None]
+        y = conv(f"{name}.conv2", swish(norm(f"{name}.norm2", y)), padding=1)
+        h = conv(f"{name}.shortcut", h) if f"{name}.shortcut.weight" in w else h
+        h = (h + y) / root2
+        if f"{name}.attention.out.weight" not in w:
+            return h
+        y = norm(f"{name}.attention.norm", h).flatten(2).mT
+        q, k, v = dense(f"{name}.attention.qkv", y).chunk(3, dim=2)
+        y = (q @ k.mT / math.sqrt(q.shape[2])).softmax(dim=2) @ v
+        return (h + dense(f"{name}.attention.out", y).mT.view_as(h)) / root2
+
+    temb = swish(dense("time_mlp.2", swish(dense("time_mlp.0", features))))
+    h, pyramid = conv("conv_in", x, padding=1), x
+    skips = [h]
+    for i, resample in enumerate([None, "down", None, "down", None]):  # one block a level
+        h = block(f"down.{i}", h, resample)
+        if fir and resample:
+            pyramid = conv(f"pyramid.{i // 2}", direct(pyramid, 1, 1, 2, 2), stride=2)
+            h = pyramid = (h + pyramid) / root2
+        skips.append(h)
+    h = block("mid.1", block("mid.0", h))
+    for i, resample in enumerate([None, None, "up"] * 2 + [None, None]):
+        h = block(f"up.{i}", h if resample else torch.cat([h, skips.pop()], 1), resample)
+    return conv("conv_out", swish(norm("norm_out", h)), padding=1)
+
+
+@BOTH
+def test_score_sde_networks_are_the_published_ones(make):
+    net = awake(make(3, 3, 1, 16, (1, 2, 2), (8,), 0.1, 16).double(), 0.05).eval()
+    x, t = torch.randn(2, 3, 16, 12).double(), torch.tensor([0.3, -2.0])
+    if make is ddpm_plus_plus:
+        t = torch.tensor([3.5, 700.0])
+        angle = t[:, None] * torch.exp(-torch.arange(8) * math.log(10000) / 7)
+    else:
+        angle = 2 * math.pi * t[:, None] * net.frequency
+    features = torch.cat([torch.sin(angle), torch.cos(angle)], 1).double()
+    with torch.no_grad():
+        out, expected = net(x, t), published_score_net(net, x, features)
+    assert expected.std() > 0.1
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
 
 
 # ---- 2. At the edges: sliced score matching ------------------------------------------------------

@@ -7,6 +7,10 @@ Layer for layer the network that the authors released: the defaults are their CI
     net = UNet(1, 1, channels=32, channel_mult=(1, 2, 2), image_size=16)    # small and grey
     eps = net(x, t)              # x (B, 3, H, W), t (B,) -> (B, 3, H, W)
 
+ddpm_plus_plus() and ncsn_plus_plus(), built below from the same parts, are the larger networks of
+Score-SDE (Song et al. 2021, arXiv:2011.13456, Sec. 4.4 and App. H), also layer for layer, with
+61,804,419 and 62,758,787 parameters; num_res_blocks=8 gives the "deep" ones.
+
 What the released code does and the paper does not say:
 1. GroupNorm's eps is 1e-6, not PyTorch's 1e-5.
 2. Before a strided convolution the image is padded at the right and at the bottom only.
@@ -32,6 +36,20 @@ def init(layer, scale=1.0):
 
 def group_norm(channels):
     return nn.GroupNorm(min(32, channels // 4), channels, eps=1e-6)
+
+
+def check_width(channels, channel_mult):
+    widest = 2 * channels * max(channel_mult)  # with its skip connection
+    if channels % (4 if widest <= 128 else 32):
+        raise ValueError(f"channels = {channels} does not split into groups: a multiple of "
+                         "32 does, or of 4 where channels * channel_mult is at most 64")
+
+
+def check_images(x, channels, multiple):
+    C, H, W = x.shape[1:]
+    if C != channels or H % multiple or W % multiple:
+        raise ValueError(f"images {C}x{H}x{W}: the network takes {channels} channels, "
+                         f"height and width must be multiples of {multiple}")
 
 
 def time_embedding(t, dim):
@@ -117,10 +135,7 @@ class UNet(nn.Module):
         super().__init__()
         self.in_channels, self.channels = in_channels, channels
         self.multiple = 2 ** (len(channel_mult) - 1)  # of H and W
-        widest = 2 * channels * max(channel_mult)  # with its skip connection
-        if channels % (4 if widest <= 128 else 32):
-            raise ValueError(f"channels = {channels} does not split into groups: a multiple of "
-                             "32 does, or of 4 where channels * channel_mult is at most 64")
+        check_width(channels, channel_mult)
         temb = 4 * channels
         first, second = init(nn.Linear(channels, temb)), init(nn.Linear(temb, temb))
         self.time_mlp = nn.Sequential(first, nn.SiLU(), second, nn.SiLU())  # each block's own swish
@@ -153,10 +168,7 @@ class UNet(nn.Module):
         self.conv_out = init(nn.Conv2d(h, out_channels, 3, padding=1), scale=0)
 
     def forward(self, x, t):
-        B, C, H, W = x.shape
-        if C != self.in_channels or H % self.multiple or W % self.multiple:
-            raise ValueError(f"images {C}x{H}x{W}: the network takes {self.in_channels} channels, "
-                             f"height and width must be multiples of {self.multiple}")
+        check_images(x, self.in_channels, self.multiple)
         temb = self.time_mlp(time_embedding(t, self.channels).to(x.dtype))  # (B, 4 C)
         # (B, C, H, W); a 1-channel x has no layout to hand on, so channels_last begins here
         h = self.conv_in(x).contiguous(memory_format=torch.channels_last)
@@ -171,3 +183,152 @@ class UNet(nn.Module):
                 h = torch.cat([h, skips.pop()], dim=1)
             h = module(h, temb)
         return self.conv_out(F.silu(self.norm_out(h)))  # (B, out_channels, H, W)
+
+
+# ---- DDPM++ and NCSN++ (arXiv:2011.13456, Sec. 4.4 and App. H) -----------------------------------
+
+
+def fourier_features(t, frequency):
+    """Random Fourier features (Tancik et al. 2020, arXiv:2006.10739): t (B,) -> (B, 2 dim)."""
+    angle = 2 * math.pi * t.float()[:, None] * frequency  # (B, dim)
+    return torch.cat([angle.sin(), angle.cos()], dim=1)
+
+
+# FIR resampling (Zhang 2019, arXiv:1904.11486) avoids aliasing with the filter [1, 3, 3, 1] / 8 in
+# each direction. It equals [1, 1] / 2 applied three times, and plain resampling applies it once.
+
+
+def smooth(x):  # [1, 2, 1] / 4 in each direction, with zeros around the image
+    return F.avg_pool2d(F.avg_pool2d(x, 2, stride=1, padding=1), 2, stride=1)  # (B, C, H, W)
+
+
+def halve(x, fir):
+    return F.avg_pool2d(smooth(x) if fir else x, 2)  # (B, C, H / 2, W / 2)
+
+
+def double(x, fir):
+    x = F.interpolate(x, scale_factor=2.0, mode="nearest")  # (B, C, 2 H, 2 W)
+    return smooth(x) if fir else x
+
+
+def fir_blur(x):  # at the corners of the pixels, before a strided convolution without padding
+    return F.avg_pool2d(smooth(F.pad(x, (1, 1, 1, 1))), 2, stride=1)  # (B, C, H + 1, W + 1)
+
+
+class BigGANBlock(ResBlock):
+    """DDPM's block, but it can resample inside (BigGAN, arXiv:1809.11096) and rescales its sums."""
+
+    def __init__(self, in_channels, out_channels, temb_channels, dropout, attention=False,
+                 resample=None, fir=False):
+        super().__init__(in_channels, out_channels, temb_channels, dropout, attention)
+        self.attends, self.resample, self.fir = attention, resample, fir
+        if resample is not None:  # as released, even if the number of channels stays the same
+            self.shortcut = init(nn.Conv2d(in_channels, out_channels, 1))
+        if attention:  # as released: a tenth of the variance of DDPM's q, k and v
+            self.attention.qkv.weight.data.mul_(math.sqrt(0.1))
+
+    def forward(self, x, temb):
+        h = F.silu(self.norm1(x))
+        if self.resample is not None:  # both branches, before the first convolution
+            x, h = self.resample(x, self.fir), self.resample(h, self.fir)
+        h = self.conv1(h) + self.temb(temb)[:, :, None, None]  # (B, out, H', W')
+        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
+        h = (self.shortcut(x) + h) / math.sqrt(2)  # the variance does not grow with depth: App. H
+        return self.attention(h) / math.sqrt(2) if self.attends else h
+
+
+class ScoreUNet(nn.Module):
+    """forward(x (B, in_channels, H, W), t (B,)) -> (B, out_channels, H, W).
+
+    Levels, widths and errors are those of UNet. What App. H changes:
+    1. One more BigGANBlock halves the image after each level and doubles it on the way up.
+    2. On the way up a level has one attention, after its num_res_blocks + 1 blocks (as released).
+    3. fir: resample with the filter [1, 3, 3, 1]; otherwise with means of 2 x 2 pixels and copies.
+    4. progressive_input ("residual"): a pyramid of ever smaller images is added at each level.
+    5. fourier: the time enters by random Fourier features; otherwise by DDPM's time_embedding.
+    """
+
+    def __init__(self, in_channels, out_channels, channels, channel_mult, num_res_blocks,
+                 attention_resolutions, dropout, image_size, fir, progressive_input, fourier):
+        super().__init__()
+        self.in_channels, self.channels = in_channels, channels
+        self.multiple = 2 ** (len(channel_mult) - 1)  # of H and W
+        check_width(channels, channel_mult)
+        temb, features = 4 * channels, 2 * channels if fourier else channels
+        first, second = init(nn.Linear(features, temb)), init(nn.Linear(temb, temb))
+        self.time_mlp = nn.Sequential(first, nn.SiLU(), second, nn.SiLU())
+        frequency = 16 * torch.randn(channels) if fourier else None  # N(0, 16^2), never trained
+        self.register_buffer("frequency", frequency)
+        self.conv_in = init(nn.Conv2d(in_channels, channels, 3, padding=1))
+        widths = [channels * m for m in channel_mult]
+        attends = [image_size / 2**i in attention_resolutions for i in range(len(widths))]
+        last = len(widths) - 1
+
+        self.down, self.pyramid = nn.ModuleList(), nn.ModuleList()
+        h, skips, pyramid = channels, [channels], in_channels
+        for i, width in enumerate(widths):
+            for _ in range(num_res_blocks):
+                self.down.append(BigGANBlock(h, width, temb, dropout, attends[i]))
+                h = width
+                skips.append(h)
+            if i < last:
+                self.down.append(BigGANBlock(h, h, temb, dropout, resample=halve, fir=fir))
+                skips.append(h)
+            if i < last and progressive_input:
+                self.pyramid.append(init(nn.Conv2d(pyramid, h, 3, stride=2)))
+                pyramid = h
+
+        self.mid = nn.ModuleList([BigGANBlock(h, h, temb, dropout, a) for a in (True, False)])
+
+        self.up = nn.ModuleList()
+        for i, width in reversed(list(enumerate(widths))):
+            for j in range(num_res_blocks + 1):
+                attention = attends[i] and j == num_res_blocks
+                self.up.append(BigGANBlock(h + skips.pop(), width, temb, dropout, attention))
+                h = width
+            if i > 0:
+                self.up.append(BigGANBlock(h, h, temb, dropout, resample=double, fir=fir))
+
+        self.norm_out = group_norm(h)
+        self.conv_out = init(nn.Conv2d(h, out_channels, 3, padding=1), scale=0)
+
+    def forward(self, x, t):
+        check_images(x, self.in_channels, self.multiple)
+        if self.frequency is None:
+            features = time_embedding(t, self.channels)  # (B, C)
+        else:
+            features = fourier_features(t, self.frequency)  # (B, 2 C)
+        temb = self.time_mlp(features.to(x.dtype))  # (B, 4 C)
+        h = self.conv_in(x).contiguous(memory_format=torch.channels_last)  # (B, C, H, W)
+        skips, pyramid, convs = [h], x, iter(self.pyramid)
+        for block in self.down:  # -> (B, C * mult[-1], H / multiple, W / multiple)
+            h = block(h, temb)
+            if self.pyramid and block.resample is not None:
+                pyramid = next(convs)(fir_blur(pyramid))  # now half as high and wide, like h
+                h = pyramid = (h + pyramid) / math.sqrt(2)
+            skips.append(h)
+        for block in self.mid:
+            h = block(h, temb)
+        for block in self.up:  # back to (B, C * mult[0], H, W)
+            if block.resample is None:
+                h = torch.cat([h, skips.pop()], dim=1)
+            h = block(h, temb)
+        return self.conv_out(F.silu(self.norm_out(h)))  # (B, out_channels, H, W)
+
+
+def ddpm_plus_plus(in_channels=3, out_channels=3, num_res_blocks=4, channels=128,
+                   channel_mult=(1, 2, 2, 2), attention_resolutions=(16,), dropout=0.1,
+                   image_size=32):
+    """DDPM++, for the VP and sub-VP SDEs: t is 999 times the SDE's time, which ends at 1."""
+    return ScoreUNet(in_channels, out_channels, channels, channel_mult, num_res_blocks,
+                     attention_resolutions, dropout, image_size,
+                     fir=False, progressive_input=False, fourier=False)
+
+
+def ncsn_plus_plus(in_channels=3, out_channels=3, num_res_blocks=4, channels=128,
+                   channel_mult=(1, 2, 2, 2), attention_resolutions=(16,), dropout=0.1,
+                   image_size=32):
+    """NCSN++ cont., for the VE SDE: t is log sigma, and the output / sigma is the score."""
+    return ScoreUNet(in_channels, out_channels, channels, channel_mult, num_res_blocks,
+                     attention_resolutions, dropout, image_size,
+                     fir=True, progressive_input=True, fourier=True)
