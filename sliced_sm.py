@@ -1,8 +1,8 @@
-"""Sliced score matching (Song, Garg, Shi, Ermon 2019, arXiv:1905.07088), and the noise-conditional
-networks that NCSN (Song, Ermon 2019, arXiv:1907.05600) trains with it.
+"""Sliced score matching, SSM (Song, Garg, Shi, Ermon 2019, arXiv:1905.07088), and the networks with
+noise levels that NCSN (Song, Ermon 2019, arXiv:1907.05600) trains by it.
 
-Implements, in the order and with the numbers of NCSN, Sec. 2 to 4, which restates the objectives:
-Eq. (1), (2), (3), (4), (6); Alg. 1; Fig. 2.
+Implements: SSM's Sec. 2 and 3 with Alg. 1; and of NCSN, whose numbers the rest has: Eq. (4), (6);
+Alg. 1; Fig. 2.
 
     x               data; images: 8 bits scaled linearly to [0, 1]  (B, ...), d numbers each
     s, score(x)     the model of grad log p(x), gradient by x       like x
@@ -68,7 +68,7 @@ def exact_score_matching(score, x):
     for i, s_i in enumerate(s.flatten(1).unbind(1)):  # each (B,)
         (grad,) = torch.autograd.grad(s_i.sum(), x, create_graph=True)  # of s_i by x
         trace = trace + grad.flatten(1)[:, i]
-    return trace + 0.5 * s.square().flatten(1).sum(1)  # Eq. (1)
+    return trace + 0.5 * s.square().flatten(1).sum(1)  # SSM, Sec. 2
 
 
 def denoising_score_matching(score, x, sigma):
@@ -76,7 +76,7 @@ def denoising_score_matching(score, x, sigma):
     score of the data with noise. sigma: a number, or a tensor that broadcasts against x.
     """
     z = torch.randn_like(x)
-    return 0.5 * (score(x + sigma * z) + z / sigma).square().flatten(1).sum(1)  # Eq. (2)
+    return 0.5 * (score(x + sigma * z) + z / sigma).square().flatten(1).sum(1)  # SSM, Sec. 2
 
 
 def random_projection(x, kind):
@@ -112,7 +112,7 @@ def sliced_score_matching(score, x, n_projections=1, projection="rademacher",
         slices = (v * s).flatten(1).sum(1)  # v^T s, (B,)
         (grad,) = torch.autograd.grad(slices.sum(), x, create_graph=True)  # of v^T s by x
         square = s.square().flatten(1).sum(1) if variance_reduced else slices.square()
-        loss = loss + (v * grad).flatten(1).sum(1) + 0.5 * square  # Eq. (3)
+        loss = loss + (v * grad).flatten(1).sum(1) + 0.5 * square  # SSM, Sec. 3 and Alg. 1
     return loss / n_projections
 
 
@@ -120,9 +120,9 @@ def noisy_score_matching(score, x, sigma, objective="ssm-vr", n_projections=1,
                          projection="rademacher"):
     """An objective, (B,), for the score of x (B, ...) with noise sigma z; of x itself at sigma 0.
 
-    objective: "sm" Eq. (1); "ssm", "ssm-vr" Eq. (3) without and with reduced variance; "dsm"
-    Eq. (2), which needs noise. sigma: as of denoising_score_matching. ValueError: another one, or
-    "dsm" at sigma 0.
+    objective "sm": exact; "ssm", "ssm-vr": sliced, without and with reduced variance; "dsm":
+    denoising. sigma: like denoising_score_matching's. ValueError: another objective, or "dsm" at
+    sigma 0.
     """
     if objective == "dsm":
         if isinstance(sigma, (int, float)) and sigma <= 0:
@@ -145,7 +145,7 @@ def noise_conditional_loss(score, x, sigmas, objective="ssm-vr", n_projections=1
     sigma = sigmas[torch.randint(len(sigmas), (len(x),), device=x.device)].to(x.dtype)  # (B,)
     loss = noisy_score_matching(lambda x: score(x, sigma), x, expand(sigma, x), objective,
                                 n_projections, projection)
-    return (sigma.square() * loss).mean()  # Eq. (6)
+    return (sigma.square() * loss).mean()  # NCSN Eq. (6)
 
 
 def level_score_model(net, sigmas):
@@ -223,7 +223,7 @@ def annealed_langevin(score, x, sigmas, eps, T, denoise=False, record=None):
     return x
 
 
-# The toy data: Fig. 2's 1/5 N((-5, -5), I) + 4/5 N((5, 5), I), and a checkerboard
+# The toy data: NCSN, Fig. 2's 1/5 N((-5, -5), I) + 4/5 N((5, 5), I), and a checkerboard
 
 
 def gmm_sample(n):
@@ -337,7 +337,7 @@ def loss(run, batch):
             total = noise_conditional_loss(run.score, x, run.sigmas, *options)
         else:
             total = noisy_score_matching(run.one_level, x, run.data_noise, *options).mean()
-            total = run.sigma_min**2 * total  # Eq. (6)'s weight
+            total = run.sigma_min**2 * total  # NCSN Eq. (6)'s weight
     return total / x[0].numel()
 
 
