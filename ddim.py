@@ -1,6 +1,7 @@
 """Denoising Diffusion Implicit Models (Song, Meng, Ermon 2021, arXiv:2010.02502).
 
-Implements: Eq. (4), (5), (9), (12), (13), (16); Table 1, 2; Fig. 5, 6.
+Implements: Eq. (4), (5), (9), (12), (13), (16); Table 1, 2; Fig. 5, 6; and the optimal noise of
+Analytic-DPM (Bao, Li, Zhu, Zhang 2022, arXiv:2201.06503), Theorems 1 and 2.
 
     t, s            a step goes from t to s; in sampling s < t     ints in 0..T; 0 is the data
     tau             the steps that a sampler visits                S ascending ints, the last T
@@ -21,6 +22,8 @@ README.md has measured results. Deviations from the paper and the released code:
    warmup, gradient clipping, independent t; EMA decay min(decay, (1 + n) / (10 + n)).
 3. The sigma-hat row of Table 1 clips x_0_hat to [-1, 1], as released; all others do not.
 4. The bundled digits, which are not in the paper, have T = 250, beta from 0.008 to 0.04.
+5. Analytic-DPM: x_0_hat is clipped and eps derived again from it, and the last noise is limited to
+   two pixel levels, in every case; the released code does the first not, the second for some.
 """
 
 import argparse
@@ -167,15 +170,20 @@ def record_steps(T):
 
 
 @torch.no_grad()
-def ddim_sample(model, x_T, schedule, tau, eta=0.0, clip=False, sigma_hat=False, record=None):
+def ddim_sample(model, x_T, schedule, tau, eta=0.0, clip=False, sigma_hat=False, record=None,
+                gamma=None):
     """x_T ~ N(0, I) -> x_0, like x_T, in len(tau) evaluations of the model; tau from `timesteps`.
 
     eta (Table 1, Fig. 5) 0: DDIM, deterministic; 1: DDPM's sampler, at tau = 1..T that with the
     small variance.
     sigma_hat: the mean of eta = 1, the larger noise of DDPM's other variance (App. D.3).
+    gamma: from analytic_gamma; the mean of eta, the noise of analytic_sigmas. ValueError if both.
     record: a list that gets x_t at 15 of tau's steps, from T down (all, if fewer), and x_0.
     """
+    if sigma_hat and gamma is not None:
+        raise ValueError("sigma_hat and gamma are two choices of the noise: take one of them")
     x_t, recorded = x_T, () if record is None else record_steps(len(tau))
+    sigmas = None if gamma is None else analytic_sigmas(tau, gamma, schedule, eta, clip)
     for i in range(len(tau), 0, -1):
         t, s = tau[i - 1], tau[i - 2] if i > 1 else 0
         if i in recorded:
@@ -187,6 +195,10 @@ def ddim_sample(model, x_T, schedule, tau, eta=0.0, clip=False, sigma_hat=False,
             if s > 0:
                 hat = (1 - schedule.alpha_bar[t] / schedule.alpha_bar[s]).sqrt()  # App. D.3
                 x_t = x_t + hat.to(x_t.dtype) * torch.randn_like(x_t)
+        elif sigmas:
+            x_t = ddim_step(x_t, eps, t, s, schedule, eta, torch.zeros_like(x_t), clip)
+            if s > 0:
+                x_t = x_t + sigmas[i - 1] * torch.randn_like(x_t)
         else:
             x_t = ddim_step(x_t, eps, t, s, schedule, eta, clip=clip)
     if record is not None:
@@ -223,6 +235,51 @@ def slerp(z_0, z_1, fraction):
     return (of_a * a + of_b * b).view_as(z_0)  # App. D.5
 
 
+# Analytic-DPM. The step of Eq. (12) has the right mean for an exact eps, but too little noise: it
+# leaves out that x_0 is uncertain given x_t. What is missing follows from the mean square of eps.
+
+
+@torch.no_grad()
+def analytic_gamma(model, x_0, schedule):
+    """(T + 1,) float64 on the CPU: at t the mean of |eps|^2 / d over x_0 (N, ...), with one x_t for
+    each x_0; 0 at t = 0. The paper finds N = 10 enough; its Gamma is this over 1 - alpha_bar_t.
+
+    1 - gamma is the variance of the noise given x_t, so an estimate above 1 becomes 1.
+    """
+    gamma = [x_0.new_zeros(())]
+    for step in range(1, schedule.T + 1):
+        t = torch.full((len(x_0),), step, device=x_0.device)
+        eps = model(q_sample(x_0, t, torch.randn_like(x_0), schedule), t)
+        gamma.append(eps.square().mean())  # Sec. 3, the estimate of Gamma
+    return torch.stack(gamma).cpu().double().clamp(max=1)
+
+
+def analytic_sigma(t, s, gamma, schedule, eta=0.0, clip=True):
+    """The optimal standard deviation of the step from t to s < t, whose mean is Eq. (12) with eta:
+    a float. clip: the data are in [-1, 1], so x_0 given x_t has a variance of at most 1."""
+    alpha_bar_t, alpha_bar_s = float(schedule.alpha_bar[t]), float(schedule.alpha_bar[s])
+    variance = ddim_sigma(t, s, eta, schedule) ** 2  # the paper's lambda^2
+    direction = math.sqrt(max(1 - alpha_bar_s - variance, 0))
+    missing = max(1 - float(gamma[t]), 0)  # Var[eps | x_t]
+    if clip:  # Var[x_0 | x_t] = (1 - alpha_bar_t) / alpha_bar_t Var[eps | x_t]
+        missing = min(missing, alpha_bar_t / (1 - alpha_bar_t))  # Theorem 2
+    factor = math.sqrt((1 - alpha_bar_t) * alpha_bar_s / alpha_bar_t) - direction
+    return math.sqrt(variance + factor**2 * missing)  # Theorem 1
+
+
+def analytic_sigmas(tau, gamma, schedule, eta=0.0, clip=True):
+    """analytic_sigma of every step of tau, a list: [i] is that of the step from tau[i].
+
+    As released, the last step adds no noise and, with clip, the one before it adds a noise whose
+    mean absolute value is at most two pixel levels of 2 / 255.
+    """
+    steps = zip(tau[1:], tau[:-1], strict=True)
+    sigmas = [0.0, *(analytic_sigma(t, s, gamma, schedule, eta, clip) for t, s in steps)]
+    if clip and len(tau) > 1:
+        sigmas[1] = min(sigmas[1], 2 * 2 / 255 * math.sqrt(math.pi / 2))  # E|z| = sqrt(2 / pi)
+    return sigmas
+
+
 # ---- The run -------------------------------------------------------------------------------------
 
 SETTINGS = dict(  # CIFAR-10, with sources; every key is a flag
@@ -237,7 +294,8 @@ SETTINGS = dict(  # CIFAR-10, with sources; every key is a flag
     spacing=(("quadratic", "linear"), "of the steps that are visited (App. D.2)"),
     eta=(0.0, "0: DDIM, 1: DDPM (Eq. 16)"),
     sigma_hat=(False, "DDPM's larger noise instead of eta (App. D.3)"),
-    clip=(False, "clip x_0_hat to [-1, 1]; --sigma-hat always does (released code)"),
+    variance=(("eta", "analytic"), "noise of a step: by --eta, or the optimal one (Analytic-DPM)"),
+    clip=(False, "clip x_0_hat to [-1, 1]; --sigma-hat and analytic always do (released code)"),
     num_test=(64, "test images to reconstruct"),
 )
 MNIST = dict(
@@ -274,9 +332,25 @@ def latents(run, n):
     return torch.randn(n, run.image_channels, *run.image_size, device=run.device)
 
 
+def optimal_gamma(run):
+    """analytic_gamma of 256 training images, kept beside the checkpoint as gamma.pt."""
+    folder = Path(run.checkpoint).parent if run.checkpoint else run.out
+    step, path, bf16 = run.arguments["step"], folder / "gamma.pt", run.bf16
+    saved = torch.load(path, weights_only=True) if path.exists() else {"step": None}
+    if saved["step"] != step:
+        few = torch.randperm(len(run.data[0]))[:256].to(run.data[0].device)
+        x_0, run.bf16 = to_float(run.data[0][few].to(run.device)), False
+        saved = {"step": step, "gamma": analytic_gamma(run.model, x_0, run.schedule)}
+        run.bf16 = bf16
+        save_checkpoint(path, saved)
+    return saved["gamma"]
+
+
 def sample(run):
     """Samples; process.png: q(x_t | x_0) of a test image, then x_t of eight samples."""
-    options = {"eta": run.eta, "clip": run.clip or run.sigma_hat, "sigma_hat": run.sigma_hat}
+    analytic = run.variance == "analytic"
+    options = {"eta": run.eta, "clip": run.clip or run.sigma_hat or analytic}
+    options |= {"sigma_hat": run.sigma_hat, "gamma": optimal_gamma(run) if analytic else None}
 
     def draw(first, n, record):
         x_T = latents(run, n)
@@ -293,20 +367,24 @@ def sample(run):
             t = torch.tensor(t, device=run.device)
             rows.insert(0, q_sample(x_0, t, torch.randn_like(x_0), run.schedule))
         save_grid(to_uint8(torch.cat(rows)), run.out / "process.png", columns=len(record))
-    return {"n": run.num_samples, "evaluations": len(run.tau), "spacing": run.spacing, **options,
-            "eta": "sigma-hat" if run.sigma_hat else run.eta}
+    return {"n": run.num_samples, "evaluations": len(run.tau), "spacing": run.spacing,
+            "eta": "sigma-hat" if run.sigma_hat else run.eta, "clip": options["clip"],
+            "variance": run.variance}
 
 
 def sweep(run):
-    """Table 1 as pictures: the same x_T for every eta and number of steps."""
-    x_T, rows, table = latents(run, 10), [], []
+    """Table 1 as pictures: the same x_T for every eta and number of steps; and Analytic-DPM."""
+    x_T, rows, table, gamma = latents(run, 10), [], [], optimal_gamma(run)
     run.model(x_T, torch.ones(len(x_T), device=run.device))  # the first call is slower
-    for eta in (0.0, 0.2, 0.5, 1.0, "sigma-hat"):
+    options = {str(eta): dict(eta=eta, clip=run.clip) for eta in (0.0, 0.2, 0.5, 1.0)}
+    options["sigma-hat"] = dict(eta=1.0, clip=True, sigma_hat=True)
+    for eta in (0.0, 1.0):
+        options[f"{eta}, analytic"] = dict(eta=eta, clip=True, gamma=gamma)
+    for eta in options:
         for S in sorted({min(S, run.T) for S in (10, 20, 50, 100, 1000)}):
-            hat, start = eta == "sigma-hat", time.time()
+            tau, start = timesteps(run.T, S, run.spacing), time.time()
             seed_all(run.seed, "noise")  # the same in each row
-            x_0 = ddim_sample(run.model, x_T, run.schedule, timesteps(run.T, S, run.spacing),
-                              1.0 if hat else eta, run.clip or hat, hat)
+            x_0 = ddim_sample(run.model, x_T, run.schedule, tau, **options[eta])
             rows.append(to_uint8(x_0).cpu())  # waits for the GPU
             table.append({"eta": eta, "S": S, "seconds": round(time.time() - start, 2)})
             report("eta {eta}: {S} evaluations, {seconds} s".format(**table[-1]))
@@ -357,15 +435,18 @@ def main(argv=None):
         steps = run.num_steps if run.task in ("sample", "interpolate") else 1  # others: a table's
         run.tau = timesteps(run.T, steps, run.spacing)
         ddim_step(torch.zeros(1), torch.zeros(1), run.T, 0, schedule, run.eta)  # refuses a bad eta
+        if run.sigma_hat and run.variance == "analytic":
+            raise ValueError("--sigma-hat and --variance analytic are two choices of the noise")
+        run.trains = run.trains or run.variance == "analytic" or run.task == "sweep"
         setup(run)
         if schedule.alpha_bar[-1] > 0.01:
             report(f"alpha_bar_T = {schedule.alpha_bar[-1]:.2f} leaves data in x_T: multiply "
                    "--beta-1 and --beta-T by 1000 / T, below 1")
-        data = load_data(run)
+        run.data = load_data(run)
         net = build_unet(run, run.image_channels, run.image_channels)
         run.model, run.schedule = eps_model(prepare(run, net)), schedule.to(run.device)
-        if data:
-            fit(net, lambda x: ddim_loss(run.model, to_float(x), run.schedule), data[:1], run)
+        if not run.checkpoint:
+            fit(net, lambda x: ddim_loss(run.model, to_float(x), run.schedule), run.data[:1], run)
         do_tasks(run, TASKS)
 
 

@@ -385,6 +385,69 @@ def test_slerp():
     assert ddim.slerp(z_0, -z_0, 0.3).isfinite().all()
 
 
+def gaussian_eps(c, schedule):
+    """For x_0 ~ N(0, c): E[eps | x_t], its mean square, and the variance of x_t."""
+    alpha_bar = schedule.alpha_bar
+    variance = alpha_bar * c + 1 - alpha_bar
+    return (lambda x, t: (1 - alpha_bar[t[0]]).sqrt() / variance[t[0]] * x,
+            (1 - alpha_bar) / variance, variance)
+
+
+@pytest.mark.parametrize("c", [0.25, 1.0, 4.0])
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+def test_analytic_sigma_is_that_of_the_true_posterior(eta, c):
+    schedule = ddim.Schedule(40, 1e-3, 0.4)
+    _, gamma, v = gaussian_eps(c, schedule)
+    for t in range(1, 41):
+        for s in range(t):  # q has x_s = of_x_0 x_0 + of_x_t x_t + sigma z: all is jointly normal
+            a_t, a_s = schedule.alpha_bar[t], schedule.alpha_bar[s]
+            sigma = ddim.ddim_sigma(t, s, eta, schedule)
+            of_x_t = ((1 - a_s - sigma**2) / (1 - a_t)).clamp(min=0).sqrt()
+            covariance = (a_s.sqrt() - of_x_t * a_t.sqrt()) * a_t.sqrt() * c + of_x_t * v[t]
+            found = ddim.analytic_sigma(t, s, gamma, schedule, eta, clip=c <= 1)
+            assert found**2 == pytest.approx((v[s] - covariance**2 / v[t]).item(), abs=1e-9)
+
+
+@pytest.mark.parametrize("c", [0.25, 1.0, 4.0])
+@pytest.mark.parametrize("S", [5, 10, 50])
+def test_analytic_chain_has_the_variance_of_q(S, c):
+    torch.manual_seed(0)
+    schedule, n, seen = ddim.Schedule(), 40_000, {}
+    exact, gamma, v = gaussian_eps(c, schedule)
+
+    def model(x_t, t):
+        seen[t[0].item()] = x_t
+        return exact(x_t, t)
+
+    tau, x_T = ddim.timesteps(1000, S), torch.randn(n, 1).double()
+    s = tau[0]
+    for eta, g in ((0.0, gamma), (1.0, gamma), (0.0, None), (1.0, None)):
+        x_0 = ddim.ddim_sample(model, x_T, schedule, tau, eta, gamma=g)
+        error = (seen[s].var() / v[s] - 1).abs() / math.sqrt(2 / n)
+        assert error > 5 if g is None else error < 3
+        torch.testing.assert_close(x_0, c * schedule.alpha_bar[s].sqrt() / v[s] * seen[s])
+
+
+def test_analytic_gamma_and_bounds():
+    torch.manual_seed(0)
+    schedule, x_0, tau = ddim.Schedule(50, 0.002, 0.4), torch.randn(4000, 1), [5, 25, 50]
+    model, exact, _ = gaussian_eps(1.0, schedule)
+    gamma = ddim.analytic_gamma(model, x_0, schedule)
+    assert gamma.shape == (51,) and gamma.dtype == torch.float64 and gamma[0] == 0
+    assert ((gamma / exact - 1)[1:].abs() < 4 * math.sqrt(2 / 4000)).all() and gamma.max() <= 1
+    for t, s in ((50, 25), (25, 5), (5, 4)):
+        low, high = (ddim.analytic_sigma(t, s, g, schedule) for g in (gamma + 1, 0 * gamma))
+        a_t, a_s = schedule.alpha_bar[t], schedule.alpha_bar[s]
+        of_x_0 = a_s.sqrt() - ((1 - a_s) * a_t / (1 - a_t)).sqrt()  # the weight of x_0 in Eq. (7)
+        assert low == 0 and high**2 == pytest.approx((of_x_0**2 * min(1, (1 - a_t) / a_t)).item())
+    sigmas = ddim.analytic_sigmas(tau, gamma, schedule, 1.0)
+    assert sigmas[0] == 0 and sigmas[1] ** 2 == pytest.approx(3.865e-4, rel=1e-3)  # two levels
+    assert sigmas[2] == ddim.analytic_sigma(50, 25, gamma, schedule, 1.0)
+    assert ddim.analytic_sigmas([50], gamma, schedule) == [0]
+    with pytest.raises(ValueError, match="take one"):
+        ddim.ddim_sample(model, x_0, schedule, tau, sigma_hat=True, gamma=gamma)
+
+
 # ---- 2. At the edges: DDIM -----------------------------------------------------------------------
 
 
@@ -1757,6 +1820,7 @@ GPU_TASKS = [
     ("ddpm", "--objective vlb --variance small --no-clip --bf16", "bpd"),
     ("ddim", "", "sample sweep reconstruct interpolate"),
     ("ddim", "--eta 0.5 --spacing quadratic", "sample"),
+    ("ddim", "--variance analytic --eta 1", "sample"),
     ("ddim", "--sigma-hat --clip", "sample"),
     ("ncsn", "", "sample inpaint"),
     ("ncsn", "--settings 2019 --denoise", "sample inpaint"),
@@ -3356,7 +3420,7 @@ def test_ddim_tasks_on_the_checkpoint_of_ddpm(good_run, folder, capsys, monkeypa
                for task in ("sample", "sweep", "reconstruct", "interpolate")}
     assert results["sample"]["evaluations"] == 7 and results["sample"]["clip"] is False
     assert results["sample"]["step"] == 4 and results["reconstruct"]["n"] == 3
-    assert len(results["sweep"]["table"]) == 10  # 5 eta, S = 10 and 20 = T
+    assert len(results["sweep"]["table"]) == 14  # 5 eta and 2 analytic, S = 10 and 20 = T
     states, first, step = [], [], ddim.ddim_step
 
     def spy(x_t, eps, t, s, *rest, **options):
@@ -3373,6 +3437,15 @@ def test_ddim_tasks_on_the_checkpoint_of_ddpm(good_run, folder, capsys, monkeypa
     assert all(Path(f"good/{name}.png").is_file() for name in
                ("sample/process", "sweep/sweep", "reconstruct/reconstruct",
                 "interpolate/interpolation"))
+    gamma = torch.load("good/gamma.pt", weights_only=True)
+    assert gamma["step"] == 4 and gamma["gamma"].shape == (21,)
+    monkeypatch.setattr(ddim, "analytic_gamma", None)  # it is computed once
+    words = "--checkpoint good/checkpoint.pt --variance analytic --num-steps 7 --out analytic"
+    ddim.main([*words.split(), "--eta", "1"])
+    sample = json.loads(Path("analytic/results.json").read_text())["sample"]
+    assert sample["variance"] == "analytic" and sample["clip"] is True and sample["eta"] == 1
+    refused(capsys, *words.split(), "--sigma-hat", "--channels", "8", "--out", "x", module=ddim,
+            match="two choices of the noise")
     run("--out", "own", module=ddim)
     refused(capsys, "--checkpoint", "own/checkpoint.pt", match="a checkpoint of ddim.py")
     with pytest.raises(SystemExit):  # --resume goes on with ddim's own training only
