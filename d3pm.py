@@ -6,8 +6,7 @@ Implements: Eq. (1), (2), (3), (4), (5), (18); Table 1.
     t               time, 1 (almost data) ... T (noise)         (B,) int64; the network gets t - 1
     x_0, x_t        data, and data after t steps of noise       (B, ...) int64 in 0..K-1
     Q, Q_bar        one step's matrix; product of steps 1..t    (K, K), [i, j]: from i to j
-    beta            probability of a step's jump; Gaussian:     (T + 1,), index = t, beta[0] = 0
-                    their variance is beta / 2
+    beta            probability of a jump; Gaussian: 2 variance (T + 1,), index = t, beta[0] = 0
     alpha_bar       product of 1 - beta_1 ... 1 - beta_t        (T + 1,), alpha_bar[0] = 1
     model(x_t, t)   the network: logits of p~(x_0 | x_t)        (B, ..., K)
 
@@ -17,15 +16,14 @@ Implements: Eq. (1), (2), (3), (4), (5), (18); Table 1.
     python d3pm.py --method multinomial                         the first paper's method
     python d3pm.py --checkpoint runs/d3pm-digits/checkpoint.pt --task infill
 
-One posterior serves both papers: theta_post of the first is Eq. (4) with the uniform transition.
-README.md has measured results. Deviations from the papers:
+theta_post of the first paper is Eq. (4) with the uniform transition. Deviations from the papers:
 1. The hybrid loss as released: one random term of L_vb, without the factor T, + hybrid * CE; a mean
    over positions, in nats (released: bits for images, a sum for text, which clipping notices).
 2. The Gaussian's beta is multiplied by 1000 / T where T < 1000, so that the noise still mixes.
-3. x_t is drawn from q itself; the released code adds 1e-6 to every probability.
-4. The EMA decay after n steps is min(decay, (1 + n) / (10 + n)).
-5. Text: one Transformer of torch's layers for both papers, with a convolution before it.
-6. --method multinomial: t is uniform and the learning rate constant, as in D3PM.
+3. x_t is drawn from q itself; the released code adds 1e-6 to every probability. The EMA decay
+   after n steps is min(decay, (1 + n) / (10 + n)).
+4. Text: one Transformer of torch's layers for both papers, with a convolution before it.
+5. --method multinomial: t is uniform and the learning rate constant, as in D3PM.
 """
 
 import argparse
@@ -64,8 +62,7 @@ from unet import UNet, time_embedding
 
 def uniform_matrix(K, beta):
     """(K, K) float64, App. A.2.1: with probability beta the state is drawn anew, uniformly."""
-    eye = torch.eye(K, dtype=torch.float64)
-    return (1 - beta) * eye + beta / K  # Eq. (2)
+    return (1 - beta) * torch.eye(K, dtype=torch.float64) + beta / K  # Eq. (2)
 
 
 def absorbing_matrix(K, beta, mask):
@@ -115,7 +112,7 @@ def rows(Q, x):
 
 def categorical(probs):
     """One state (...) int64 from each row of probs (..., K) >= 0, which need not sum to 1."""
-    # exponential race: of K waiting times with these rates the first is state k with probability
+    # of K exponential waiting times with these rates the first is state k with probability
     # probs[k]; unlike torch.multinomial this does not wait for a GPU
     return (probs / torch.empty_like(probs).exponential_().clamp(min=1e-30)).argmax(-1)
 
@@ -125,10 +122,9 @@ class CategoricalDiffusion:
 
     transition "uniform" or "absorbing": a state stays with probability 1 - beta and is else drawn
     from `prior`, so that everything is a closed form in beta and alpha_bar. "gaussian": the T
-    matrices and their products are tables, `matrices` and `products` (T + 1, K, K). Tables are
-    float64. beta (T + 1,): of the steps, None for the published ones; mask: the absorbing state,
-    None for K // 2. ValueError: anything undefined, or the published Gaussian where K < 16, whose
-    neighbours are too far apart for it to mix.
+    matrices and their products are tables (T + 1, K, K). Tables are float64. beta (T + 1,): None
+    for the published one; mask: the absorbing state, None for K // 2. ValueError: anything
+    undefined, or the published Gaussian where K < 16 states are too far apart for it to mix.
     """
 
     def __init__(self, K, T, transition="uniform", beta=None, mask=None):
@@ -140,27 +136,23 @@ class CategoricalDiffusion:
             raise ValueError(f"mask {mask}: only an absorbing transition has one, in 0..{K - 1}")
         if beta is None and transition == "gaussian" and K < 16:
             raise ValueError(f"the Gaussian's published beta needs K >= 16 states, not {K}")
-        if beta is None:
-            beta = published_beta(transition, T)
-        else:
-            beta, most = beta.double(), math.inf if transition == "gaussian" else 1
-            inside = (beta[1:] > 0) & (beta[1:] <= most)
-            if beta.shape != (T + 1,) or beta[0] != 0 or not inside.all():
-                raise ValueError(f"beta is not 0 and then {T} numbers in (0, {most}]")
+        beta = published_beta(transition, T) if beta is None else beta.double()
+        most = math.inf if transition == "gaussian" else 1
+        inside = (beta[1:] > 0) & (beta[1:] <= most)
+        if beta.shape != (T + 1,) or beta[0] != 0 or not inside.all():
+            raise ValueError(f"beta is not 0 and then {T} numbers in (0, {most}]")
         self.K, self.T, self.transition, self.beta, self.mask = K, T, transition, beta, mask
         self.prior = torch.full((K,), 1 / K, dtype=torch.float64)
+        self.alpha_bar = (1 - beta).cumprod(0)  # not for "gaussian"
         if transition == "absorbing":
             self.mask = K // 2 if mask is None else mask
-            self.prior = torch.zeros(K, dtype=torch.float64)
-            self.prior[self.mask] = 1
+            self.prior = F.one_hot(torch.tensor(self.mask), K).double()
         if transition == "gaussian":
             self.matrices = torch.eye(K, dtype=torch.float64).repeat(T + 1, 1, 1)
             self.products = self.matrices.clone()
             for t in range(1, T + 1):
                 self.matrices[t] = gaussian_matrix(K, beta[t])
                 self.products[t] = self.products[t - 1] @ self.matrices[t]  # Q_bar_t of Eq. (3)
-        else:
-            self.alpha_bar = (1 - beta).cumprod(0)
 
     def to(self, device):
         """Move the tables, in place as a module does it."""
@@ -168,7 +160,7 @@ class CategoricalDiffusion:
             setattr(self, name, getattr(self, name).to(device, precision(device)))
         return self
 
-    def closed_form_matrix(self, jump):
+    def closed_form(self, jump):
         """(K, K): each state stays with probability 1 - jump and is else drawn from the prior."""
         if self.transition == "uniform":
             return uniform_matrix(self.K, jump.item())
@@ -176,15 +168,13 @@ class CategoricalDiffusion:
 
     def Q(self, t):
         """(K, K), t an int in 0..T; for looking at: only the Gaussian computes with matrices."""
-        if self.transition == "gaussian":
-            return self.matrices[t]
-        return self.closed_form_matrix(self.beta[t])
+        gaussian = self.transition == "gaussian"
+        return self.matrices[t] if gaussian else self.closed_form(self.beta[t])
 
     def Q_bar(self, t):
         """(K, K): Q_1 Q_2 ... Q_t, t an int in 0..T."""
-        if self.transition == "gaussian":
-            return self.products[t]
-        return self.closed_form_matrix(1 - self.alpha_bar[t])
+        gaussian = self.transition == "gaussian"
+        return self.products[t] if gaussian else self.closed_form(1 - self.alpha_bar[t])
 
     def marginal(self, x_0_probs, t):
         """x_0_probs Q_bar_t, like x_0_probs (B, ..., K); t (B,) in 0..T."""
@@ -192,8 +182,7 @@ class CategoricalDiffusion:
             Q_bar = self.products[t].to(x_0_probs.dtype)  # (B, K, K)
             flat = x_0_probs.reshape(len(Q_bar), -1, self.K)
             return (flat @ Q_bar).view_as(x_0_probs)  # Eq. (3)
-        alpha_bar = self.alpha_bar[t]
-        stay, jump = expand(alpha_bar, x_0_probs), expand(1 - alpha_bar, x_0_probs)
+        stay, jump = (expand(p, x_0_probs) for p in (self.alpha_bar[t], 1 - self.alpha_bar[t]))
         return stay * x_0_probs + jump * self.prior.to(x_0_probs.dtype)  # Eq. (3)
 
     def likelihood(self, x_t, t, dtype):
@@ -201,7 +190,7 @@ class CategoricalDiffusion:
         if self.transition == "gaussian":
             return rows(self.matrices[t].to(dtype), x_t)  # Q is symmetric
         here = F.one_hot(x_t, self.K).to(dtype)
-        stay, jump = expand(1 - self.beta[t], here), expand(self.beta[t], here)
+        stay, jump = (expand(p, here) for p in (1 - self.beta[t], self.beta[t]))
         return stay * here + jump * self.prior.to(dtype)[x_t].unsqueeze(-1)
 
     def q_probs(self, x_0, t, dtype=None):
@@ -226,45 +215,32 @@ class CategoricalDiffusion:
 
     def posterior(self, x_0_probs, x_t, t):
         """Probabilities of x_{t-1}, like x_0_probs (B, ..., K); x_t (B, ...), t (B,) in 1..T.
-
         A one-hot x_0 gives q(x_{t-1} | x_t, x_0), Eq. (3); a prediction p~(x_0 | x_t) gives
-        p(x_{t-1} | x_t), Eq. (4): x_t Q_t^T has no x_0 in it, so that the sum over x_0 of the joint
-        probabilities (not of posteriors, each of its own norm) is the same formula.
-        Where x_t cannot come from x_0 it is uniform: finite always.
-        """
+        p(x_{t-1} | x_t), Eq. (4): x_t Q_t^T has no x_0 in it, so that the sum over x_0 of joint
+        probabilities is the same formula. Where x_t cannot come from x_0 it is uniform."""
         return self.bayes(self.marginal(x_0_probs, t - 1), x_t, t)  # Eq. (4)
-
-    def q_posterior(self, x_0, x_t, t, dtype):
-        """q(x_{t-1} | x_t, x_0) (B, ..., K) in dtype: posterior with one-hot x_0, in less work."""
-        return self.bayes(self.q_probs(x_0, t - 1, dtype), x_t, t)  # Eq. (3)
 
     def bayes(self, probs, x_t, t):
         """Probabilities of x_{t-1} given x_t from those before x_t was seen, both (B, ..., K)."""
-        product = self.likelihood(x_t, t, probs.dtype) * probs
-        product = product + 1e-30  # far below every probability that matters
+        product = self.likelihood(x_t, t, probs.dtype) * probs + 1e-30  # finite when normalised
         return product / product.sum(-1, keepdim=True)  # Eq. (3), (4)
 
 
 def bound_terms(log_p_0, x_0, x_t, t, diffusion):
-    """L_vb's term at t and the cross entropy -log p~(x_0 | x_t), in nats, like x_0 (B, ...).
-
-    log_p_0 (B, ..., K): log p~(. | x_t). The term is L_{t-1} of Eq. (1), a KL divergence; at t = 1
-    it is L_0, where both papers let p(x_0 | x_1) be the prediction itself.
-    """
+    """L_vb's term at t and the cross entropy -log p~(x_0 | x_t), in nats, like x_0 (B, ...);
+    log_p_0 (B, ..., K): log p~(. | x_t). The term is L_{t-1}, a KL divergence; at t = 1 it is L_0,
+    where both papers let p(x_0 | x_1) be the prediction itself."""
     cross_entropy = -log_p_0.gather(-1, x_0[..., None]).squeeze(-1)
-    q = diffusion.q_posterior(x_0, x_t, t, log_p_0.dtype)  # Eq. (3)
+    q = diffusion.bayes(diffusion.q_probs(x_0, t - 1, log_p_0.dtype), x_t, t)  # Eq. (3)
     p = diffusion.posterior(log_p_0.exp(), x_t, t)  # Eq. (4)
     divergence = (q * (q.log() - p.log())).sum(-1)
     return torch.where(expand(t, x_0) == 1, cross_entropy, divergence), cross_entropy  # Eq. (1)
 
 
 def d3pm_loss(model, x_0, diffusion, hybrid=0.001):
-    """L_lambda with lambda = hybrid, in nats, mean over the batch and all positions of x_0.
-
-    One term of L_vb, at a random t, so that T times its mean (and L_T, which has no parameters) is
-    the bound; hybrid weighs the cross entropy against this one term, as released. hybrid = 0 is
-    the bound alone, as in Multinomial Diffusion.
-    """
+    """L_lambda with lambda = hybrid, in nats, mean over the batch and all positions of x_0: one
+    term of L_vb, at a random t, and hybrid times the cross entropy. T times the first, plus L_T,
+    which has no parameters, is the bound, Multinomial Diffusion's loss (hybrid = 0)."""
     t = torch.randint(1, diffusion.T + 1, (len(x_0),), device=x_0.device)
     x_t = diffusion.q_sample(x_0, t)
     log_p_0 = model(x_t, t).log_softmax(-1)
@@ -279,13 +255,10 @@ def record_steps(T):
 
 @torch.no_grad()
 def d3pm_sample(model, x_T, diffusion, final_mode=False, t_start=None, record=None):
-    """x_T ~ p(x_T) -> x_0, like x_T (B, ...), in T evaluations of the model.
-
-    Every step is drawn; final_mode: x_0 is the mode of p(x_0 | x_1), as released. t_start: begin at
-    this step, with x_T as its x_t. record: a list that gets x_t at the steps of record_steps, from
-    t_start down, and x_0.
-    """
-    x_t, t_start = x_T, diffusion.T if t_start is None else t_start
+    """x_T ~ p(x_T) -> x_0, like x_T (B, ...), in T evaluations of the model. final_mode: x_0 is the
+    mode of p(x_0 | x_1), as released, and not drawn. t_start: begin at this step, with x_T for its
+    x_t. record: a list that gets x_t at the steps of record_steps, and x_0."""
+    x_t, t_start = x_T, t_start or diffusion.T
     recorded = () if record is None else record_steps(t_start)
     for step in range(t_start, 0, -1):
         if step in recorded:
@@ -294,20 +267,16 @@ def d3pm_sample(model, x_T, diffusion, final_mode=False, t_start=None, record=No
         probs = model(x_t, t).softmax(-1)  # p~(x_0 | x_t), at t = 1 this is p(x_0 | x_1)
         if step > 1:
             probs = diffusion.posterior(probs, x_t, t)  # Eq. (4)
-        mode = final_mode and step == 1
-        x_t = probs.argmax(-1) if mode else categorical(probs)
+        x_t = probs.argmax(-1) if final_mode and step == 1 else categorical(probs)
     if record is not None:
         record.append(x_t)
     return x_t
 
 
 def skip_steps(model, diffusion, tau):
-    """The model and its process as one of len(tau) steps that go from tau[i] to tau[i - 1]: Table 1
-    with 256 and 20 steps; tau: ascending ints in 1..T, the last T. For every function here.
-
-    Eq. (4) holds for such a step with Q_{s+1} ... Q_t for Q_t: a closed form for the uniform and
-    the absorbing transition, in 1 - beta = alpha_bar_t / alpha_bar_s. ValueError for the Gaussian.
-    """
+    """The model and its process in fewer steps, from tau[i] to tau[i - 1] each, as in Table 1; tau:
+    ascending ints in 1..T, the last T. Eq. (4) holds for such a step with Q_{s+1} ... Q_t for Q_t:
+    a closed form in 1 - beta = alpha_bar_t / alpha_bar_s. ValueError for the Gaussian."""
     if diffusion.transition == "gaussian":
         raise ValueError("the Gaussian transition has no closed form to skip steps with")
     if not tau or tau != sorted(set(tau)) or tau[0] < 1 or tau[-1] != diffusion.T:
@@ -322,11 +291,8 @@ def skip_steps(model, diffusion, tau):
 
 @torch.no_grad()
 def bits_per_dim(model, x_0, diffusion):
-    """The variational bound on -log2 p(x_0) per position, each term of Eq. (1) with one x_t.
-
-    Returns, in bits per position of x_0 (B, ...), "total" (B,), "L_T" (B,), "L_t" (B, T - 1): the
-    terms of t = 2..T in this order, and "L_0" (B,).
-    """
+    """The variational bound on -log2 p(x_0), in bits per position of x_0 (B, ...), one x_t a term:
+    "total" (B,), "L_T" (B,), "L_t" (B, T - 1): the terms of t = 2..T in this order, "L_0" (B,)."""
     precise, terms = diffusion.beta.dtype, []
     for step in range(1, diffusion.T + 1):
         t = torch.full((len(x_0),), step, device=x_0.device)
@@ -343,11 +309,8 @@ def bits_per_dim(model, x_0, diffusion):
 
 def infill(model, x, known, diffusion, record=None):
     """x_0 like x (B, ...) whose positions are x's where known is True; known broadcasts against x.
-
-    Absorbing only. The other positions begin as masks, at the t that masks so many on average (data
-    that can be in the mask's state, as images can, is in it a little too often). Predicting what
-    is known with certainty keeps it, as Eq. (4) never leaves a state that is no mask.
-    """
+    The others begin as masks, at the t that masks so many on average. Predicting what is known
+    with certainty keeps it: Eq. (4) leaves no state but the mask. ValueError if not absorbing."""
     if diffusion.transition != "absorbing":
         raise ValueError("only the absorbing transition says which positions are to be filled in")
     certain = F.one_hot(x, diffusion.K).log()  # 0 at x, -inf elsewhere
@@ -361,29 +324,21 @@ def infill(model, x, known, diffusion, record=None):
     return d3pm_sample(informed, x_t, diffusion, t_start=t_start, record=record)
 
 
-# The heads of D3PM's image networks
-
-
 def residual_logits(output, x_t):
     """Logits (..., K) of x_0 from the network's (..., K): the state of x_t is ahead by 1."""
     return output + F.one_hot(x_t, output.shape[-1])  # released code, not in the paper
 
 
 def discretized_logistic_logits(mean, log_scale, K):
-    """Logits (..., K) of a logistic distribution cut to K equal bins around -1 ... 1, App. A.8.
-
-    mean, log_scale (...): the network's; its scale is exp(log_scale - 2), as released.
-    """
+    """Logits (..., K) of a logistic distribution cut to K equal bins around -1 ... 1, App. A.8, of
+    this mean (...) and scale exp(log_scale - 2), as released."""
     half = 1 / (K - 1)  # of a bin's width
     centre = torch.linspace(-1, 1, K, dtype=mean.dtype, device=mean.device) - mean[..., None]
     sharpness = (2 - log_scale[..., None]).exp()
     upper, lower = (centre + half) * sharpness, (centre - half) * sharpness
     # log(sigmoid(u) - sigmoid(l)) = log sigmoid(u) + log sigmoid(-l) + log(1 - exp(l - u)): the
-    # last is the same for all bins, so that the softmax, which cuts off the tails, removes it
+    # last term is the same for all bins, so that the softmax removes it
     return F.logsigmoid(upper) + F.logsigmoid(-lower)
-
-
-# What the networks are given, and what their outputs mean
 
 
 def image_model(net, K, head):
@@ -416,19 +371,15 @@ SETTINGS = dict(  # D3PM's best CIFAR-10 run, with sources; every key is a flag
     attention_resolutions=(16,), warmup=0, lr_decay=0.0, grad_clip=1.0,  # released code
     num_samples=100, sample_batch_size=64, log_every=100, save_every=5000,  # ours
     method=(("d3pm", "multinomial"), "whose settings"),
-    transition=(("auto", "gaussian", "absorbing", "uniform"), "of the forward process (App. "
-                   "A.2); auto: the data set's"),
+    transition=(("auto", "gaussian", "absorbing", "uniform"), "App. A.2; auto: the data set's"),
     T=(1000, "steps of the process (App. B.2)"),
     levels=(256, "K of images, whose bits/dim are those of K levels"),
-    head=(("logistic", "residual"), "images: logits of a logistic (App. A.8), or x_t's one-hot "
-             "and the network's own"),
+    head=(("logistic", "residual"), "images: a logistic (App. A.8), or logits added to x_t"),
     hybrid=(0.001, "weight of the cross entropy, lambda in Eq. (5) (App. B.2)"),
     num_steps=(0, "of --T: samples and bound skip the others (Table 1); 0: all"),
     final_mode=(False, "end in the mode of p(x_0 | x_1) (released code)"),
-    length=(256, "text: characters of a chunk (App. B.1)"),
-    layers=(12, "text: the Transformer's layers (App. B.1)"),
-    width=(768, "text: the Transformer's channels (released code)"),
-    heads=(12, "text: heads of its attention (released code)"),
+    length=(256, "text: characters of a chunk"), layers=(12, "text: of the network"),  # App. B.1
+    width=(768, "text: its channels"), heads=(12, "text: its attention's heads"),  # released code
     num_test=(64, "test examples to measure or to fill in"),
 )
 MNIST = dict(  # ours
@@ -465,10 +416,9 @@ def is_text(dataset):
 
 
 def preset(args):
-    name = args.dataset if args.dataset in PRESETS else "folder"
-    if is_text(args.dataset) and name != "text8":
-        name = "text"
-    changes, text = {"transition": "gaussian"} | PRESETS[name], name.startswith("text")
+    text = is_text(args.dataset)
+    name = args.dataset if args.dataset in PRESETS else "text" if text else "folder"
+    changes = {"transition": "gaussian"} | PRESETS[name]
     if args.method == "multinomial":
         changes |= dict(transition="uniform", hybrid=0.0)
         if name == "text8":  # Argmax Flows, App. B: 300 epochs
@@ -494,8 +444,7 @@ def load_text(run, train):
         try:
             if not path.exists():
                 path.parent.mkdir(parents=True, exist_ok=True)
-                part, _ = urllib.request.urlretrieve(TEXT8_URL, f"{path}.part")
-                os.replace(part, path)
+                os.replace(urllib.request.urlretrieve(TEXT8_URL, f"{path}.part")[0], path)
             text = zipfile.ZipFile(path).read("text8").decode()
         except (OSError, KeyError, zipfile.BadZipFile) as error:
             raise OSError(f"cannot read {path} or download it from {TEXT8_URL} ({error}); without "
@@ -504,10 +453,10 @@ def load_text(run, train):
             dist.barrier()
     else:
         try:
-            whole = Path(run.dataset).read_text("utf-8-sig")
+            text = Path(run.dataset).read_text("utf-8-sig")
         except UnicodeDecodeError as error:
             raise ValueError(f"{run.dataset} is not a UTF-8 text: {error}") from error
-        text = unicodedata.normalize("NFKD", whole).casefold()  # accents become marks of their own
+        text = unicodedata.normalize("NFKD", text).casefold()  # accents become marks of their own
         text = re.sub("[\u0300-\u036f]", "", text)
         lost = re.sub(r"[a-z\W\d_]", "", text)
         if 2 * len(lost) > len(re.sub(r"[\W\d_]", "", text)):
@@ -533,12 +482,12 @@ def load_chunks(run):
         if not run.checkpoint or run.task != "sample":
             raise
         report(f"process.txt goes without its first part: {error}")
-    train = load_text(run, train=True).to(run.device) if not run.checkpoint else None
-    return train if train is None else [train.unfold(0, run.length, 1)]
+    if not run.trains:
+        return None
+    return [load_text(run, train=True).to(run.device).unfold(0, run.length, 1)]
 
 
 def to_text(x):
-    """States (L,) as characters."""
     return "".join(ALPHABET[state] for state in x.tolist())
 
 
@@ -551,11 +500,7 @@ def to_uint8(run, x):
 
 
 class Transformer(nn.Module):
-    """forward(x (B, length) int64 in 0..27, t (B,)) -> logits of x_0 (B, length, 27).
-
-    The convolution shows each position its neighbours, which a small Transformer takes long to
-    find. ValueError unless width is even, at least 4 and a multiple of heads.
-    """
+    """forward(x (B, length) int64 in 0..27, t (B,)) -> logits of x_0 (B, length, 27)."""
 
     def __init__(self, length, width, layers, heads, dropout):
         super().__init__()
@@ -563,14 +508,14 @@ class Transformer(nn.Module):
             raise ValueError(f"--width {width} is not even, a multiple of {heads} heads, 4 or more")
         torch.backends.mha.set_fastpath_enabled(False)  # on CUDA its GELU differs from training's
         self.token = nn.Embedding(len(ALPHABET), width)
-        self.neighbours = nn.Conv1d(width, width, 9, padding=4)
+        self.neighbours = nn.Conv1d(width, width, 9, padding=4)  # slow to find by attention alone
         self.position = nn.Parameter(torch.randn(length, width))
         wide = nn.Linear(width, 4 * width)
         self.time_mlp = nn.Sequential(wide, nn.SiLU(), nn.Linear(4 * width, width))
-        sizes, options = (width, heads, 4 * width, dropout), dict(batch_first=True, norm_first=True)
-        self.layers = nn.Sequential(
-            *[nn.TransformerEncoderLayer(*sizes, "gelu", **options) for _ in range(layers)]
-        )
+        self.layers = nn.Sequential(*[
+            nn.TransformerEncoderLayer(width, heads, 4 * width, dropout, "gelu", batch_first=True,
+                                       norm_first=True) for _ in range(layers)
+        ])
         self.out = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 27))
         nn.init.zeros_(self.out[1].weight)  # x_0 is uniform at first
         nn.init.zeros_(self.out[1].bias)
@@ -584,14 +529,13 @@ class Transformer(nn.Module):
 
 def sample(run):
     """Samples; process: q(x_t | x_0) of a test example, then samples as they emerge."""
-    record, text = [], run.text
+    record, texts = [], []
 
     def draw(first, n, record):
         x_T = run.process.prior_sample((n, *run.shape))
         return d3pm_sample(run.model, x_T, run.process, run.final_mode, record=record)
 
-    if text:
-        texts = []
+    if run.text:
         for first in range(0, run.num_samples, run.sample_batch_size):
             n = min(run.sample_batch_size, run.num_samples - first)
             seed_all(run.seed, "batch", first)
@@ -606,11 +550,11 @@ def sample(run):
         x_0 = to_states(run, run.test[:1]).expand(len(times), *run.shape)
         rows.append((times, run.process.q_sample(x_0, torch.tensor(times, device=run.device))))
     if record:  # (n, 16, ...): at the recorded steps, and x_0
-        rows += [(times[::-1], x) for x in torch.stack(record, dim=1)[: 1 if text else 4]]
-    if record and text:
-        parts = [[f"{run.tau[t]:5d}  {to_text(x)}\n" for t, x in zip(*row, strict=True)]
+        rows += [(times[::-1], x) for x in torch.stack(record, dim=1)[: 1 if run.text else 4]]
+    if record and run.text:
+        parts = ["".join(f"{run.tau[t]:5d}  {to_text(x)}\n" for t, x in zip(*row, strict=True))
                  for row in rows]
-        (run.out / "process.txt").write_text("\n".join("".join(part) for part in parts))
+        (run.out / "process.txt").write_text("\n".join(parts))
     elif record:
         states = torch.cat([states for _, states in rows])
         save_grid(to_uint8(run, states), run.out / "process.png", columns=len(times))
@@ -618,12 +562,11 @@ def sample(run):
 
 
 def bpd(run):
-    run.bf16, parts = False, []
-    for x_0 in to_states(run, run.test[: run.num_test]).split(run.sample_batch_size):
-        parts.append(bits_per_dim(run.model, x_0, run.process))
+    run.bf16, x_0 = False, to_states(run, run.test[: run.num_test])
+    parts = [bits_per_dim(run.model, x, run.process) for x in x_0.split(run.sample_batch_size)]
     bits = {key: torch.cat([part[key] for part in parts]).cpu() for key in parts[0]}
-    n, mean = len(bits["total"]), {key: bits[key].mean().item() for key in ("total", "L_T", "L_0")}
-    mean["L_t"] = bits["L_t"].sum(1).mean().item()
+    bits["L_t"], n = bits["L_t"].sum(1), len(x_0)
+    mean = {key: value.mean().item() for key, value in bits.items()}
     mean["standard_error"] = bits["total"].std().item() / math.sqrt(n)
     unit = "bits/char" if run.text else "bits/dim"
     report(f"test {unit} <= " + "{total:.4f} +- {standard_error:.4f}, of which L_T {L_T:.6f}, L_1 "
@@ -640,11 +583,11 @@ def filling(run):
         known = known.view(places)
         parts = x.repeat_interleave(completions, 0).split(run.sample_batch_size)
         filled = torch.cat([infill(run.model, part, known, run.process) for part in parts])
+        filled = filled.unflatten(0, (-1, completions))  # (n, 3, ...)
         given = torch.where(known, x, run.process.mask)
-        for i, chosen in enumerate(filled.split(completions)):
-            rows.append(torch.cat([given[i : i + 1], chosen, x[i : i + 1]]))
+        rows.append(torch.cat([given[:, None], filled, x[:, None]], dim=1).flatten(0, 1))
     if run.text:
-        texts = ["\n".join(map(to_text, row)) for row in rows]
+        texts = ["\n".join(map(to_text, row)) for row in torch.cat(rows).split(completions + 2)]
         (run.out / "infill.txt").write_text("\n\n".join(texts) + "\n")
     else:
         save_grid(to_uint8(run, torch.cat(rows)), run.out / "infill.png", completions + 2)
@@ -655,15 +598,14 @@ TASKS = {"sample": sample, "bpd": bpd, "infill": filling}
 
 
 def check(run):
-    """ValueError for what does not go together."""
-    run.text = is_text(run.dataset)
-    if run.loaded:
-        was_text = run.loaded["settings"]["image_channels"] == 0
-        if run.dataset == run.loaded["settings"]["dataset"]:  # a file that may be gone
-            run.text = was_text
-        if run.text != was_text:
+    """Set run.text. ValueError for what does not go together."""
+    run.text, saved = is_text(run.dataset), run.loaded and run.loaded["settings"]
+    if saved:
+        was_text = saved["image_channels"] == 0
+        if run.dataset != saved["dataset"] and run.text != was_text:
             raise ValueError(f"--dataset {run.dataset}: the checkpoint is of "
                              f"{'text' if was_text else 'images'}")
+        run.text = was_text  # of a file that may be gone
     if run.text and run.flip:
         raise ValueError("--flip mirrors images, not text")
     if run.method == "multinomial" and (run.transition != "uniform" or run.hybrid):
@@ -679,30 +621,29 @@ def main(argv=None):
         fixed = ("transition", "T", "levels", "head", "length", "layers", "width", "heads")
         run = read_args(argv, SETTINGS, preset, TASKS, fixed)
         check(run)
-        steps = run.num_steps or run.T
-        K = (28 if run.transition == "absorbing" else 27) if run.text else run.levels
-        mask = 27 if K == 28 and run.text else None
-        process = CategoricalDiffusion(K, run.T, run.transition, mask=mask)
+        masks = run.text and run.transition == "absorbing"
+        K = 27 + masks if run.text else run.levels
+        process = CategoricalDiffusion(K, run.T, run.transition, mask=27 if masks else None)
         setup(run)
-        run.process = process.to(run.device)
+        process.to(run.device)
         if run.text:
             data, run.shape = load_chunks(run), (run.length,)
             net = Transformer(run.length, run.width, run.layers, run.heads, run.dropout)
-            run.model = text_model(prepare(run, net), K)
+            model = text_model(prepare(run, net), K)
         else:
             data = load_data(run)
             C, run.shape = run.image_channels, (run.image_channels, *run.image_size)
             net = build_unet(run, C, 2 * C if run.head == "logistic" else K * C)
-            run.model = image_model(prepare(run, net), K, run.head)
-        model, run.tau = run.model, [run.T * i // steps for i in range(steps + 1)]
+            model = image_model(prepare(run, net), K, run.head)
+        steps, run.model, run.process = run.num_steps or run.T, model, process
+        run.tau = [run.T * i // steps for i in range(steps + 1)]
         if steps < run.T:
             run.model, run.process = skip_steps(model, process, run.tau[1:])
         if data:
             fit(net, lambda batch: d3pm_loss(model, to_states(run, batch), process, run.hybrid),
                 data[:1], run)
-        keys = ("method", "hybrid", "transition", "T")
-        run.measured = {key: getattr(run, key) for key in keys}
-        run.measured |= {"K": K, "evaluations": steps}
+        run.measured = dict(method=run.method, hybrid=run.hybrid, transition=run.transition,
+                            T=run.T, K=K, evaluations=steps)
         do_tasks(run, TASKS, also=("bpd",))
 
 
@@ -711,42 +652,33 @@ def main(argv=None):
 SCRIPT = Path(__file__).stem
 WORLD = int(os.environ.get("WORLD_SIZE", 1))  # processes of torchrun, 1 without it
 RANK, LOCAL_RANK = (int(os.environ.get(k, 0)) * (WORLD > 1) for k in ("RANK", "LOCAL_RANK"))
-TORCHVISION = {"digits": "MNIST", "mnist": "MNIST", "fashion_mnist": "FashionMNIST",
-               "cifar10": "CIFAR10"}  # the digits are in assets, as files of MNIST's format
+TORCHVISION = dict(digits="MNIST", mnist="MNIST", fashion_mnist="FashionMNIST", cifar10="CIFAR10")
+SKIPPED = r"\.|__MACOSX$|Thumbs\.db$"  # files and folders in a folder of images
 IMAGE_TYPES = ".jpg .jpeg .jfif .png .webp .bmp .gif .tif .tiff .ppm .pgm".split()
 COMMON = dict(  # flags of every script beside its settings
-    dataset="digits", data_dir="data", image_channels=0, out="", checkpoint="", resume=False,
-    seed=0, device="auto", compile=False, bf16=False,
+    dataset=("digits", "digits, mnist, fashion_mnist, cifar10 or a folder of images"),
+    data_dir=("data", "where torchvision downloads to"),
+    image_channels=(0, "1 for grey, 3 for colour, 0 for what the images are"),
+    out=("", "run folder, by default runs/SCRIPT-DATASET, or TASK beside the checkpoint"),
+    checkpoint=("", "do not train, take the EMA weights and settings of this file"),
+    resume=(False, "continue the training in the run folder"),
+    seed=(0, "of all random numbers"),
+    device=("auto", "cuda, mps or cpu; auto takes the first there is"),
+    compile=(False, "torch.compile the network"),
+    bf16=(False, "run the network in bfloat16, except where likelihoods are measured"),
 )
-HELP = dict(line.split(": ", 1) for line in """\
-dataset: digits, mnist, fashion_mnist, cifar10 or a folder of images
-data_dir: where torchvision downloads to
-image_channels: 1 for grey, 3 for colour, 0 for what the images are
-out: run folder, by default runs/SCRIPT-DATASET, or TASK beside the checkpoint
-checkpoint: do not train, take the EMA weights and settings of this file
-resume: continue the training in the run folder
-seed: of all random numbers
-device: cuda, mps or cpu; auto takes the first there is
-compile: torch.compile the network
-bf16: run the network in bfloat16, except where likelihoods are measured
-steps: training steps in all
-batch_size: examples a step, of all processes together
-lr: Adam's learning rate
-warmup: steps in which the learning rate rises to --lr
-lr_decay: p, after the warmup the learning rate falls as step^-p
-grad_clip: largest norm of the gradient, 0 for any
-ema_decay: of the averaged weights, 0 for no average
-flip: mirror training images at random
-image_size: pixels, N or H W, other images are resized
-channels: of the network's first level
-channel_mult: U-Net, channels of each level / --channels
-num_res_blocks: U-Net, residual blocks of a level
-attention_resolutions: U-Net, size of the levels with attention
-dropout: rate in the network's blocks
-num_samples: examples to sample
-sample_batch_size: examples sampled or tested at a time
-log_every: steps between two lines of log.jsonl
-save_every: steps between two checkpoints""".splitlines())
+HELP = dict(  # of the settings that all scripts share
+    steps="training steps", batch_size="examples a step, of all processes together",
+    lr="Adam's learning rate", warmup="steps until the rate reaches --lr",
+    lr_decay="p: after the warmup the rate falls as step^-p", image_size="N or H W",
+    grad_clip="largest gradient norm, 0: any", ema_decay="of averaged weights, 0: no average",
+    flip="mirror training images at random",
+    channels="of the U-Net's first level", channel_mult="channels of each level / --channels",
+    num_res_blocks="residual blocks of a level", attention_resolutions="sizes with attention",
+    dropout="rate in the network", num_samples="examples to sample",
+    sample_batch_size="examples sampled or tested at a time",
+    log_every="steps between log lines", save_every="steps between checkpoints",
+)
 NETWORK = ("image_channels", "image_size", "channels", "channel_mult", "num_res_blocks",
            "attention_resolutions")
 MAY_BE_0 = ("image_channels seed warmup lr_decay grad_clip ema_decay dropout hybrid guidance eta "
@@ -755,7 +687,7 @@ ADVICE = {  # for errors of the machine: what their text has in it, and what to 
     "allocate|out of memory|ALLOC_FAILED": "the memory is full: lower --batch-size, "
                                            "--sample-batch-size, --channels or --image-size",
     "[Cc]ompiler": "--compile needs a C++ compiler (g++ or clang): install one or leave it out",
-    "PytorchStreamWriter|unexpected pos": "cannot write the checkpoint: is the disk full?",
+    "PytorchStreamWriter|unexpected pos|Errno 2[78]": "cannot write: is the disk full?",
     "loading state_dict": "the checkpoint's weights do not fit its settings",
 }
 
@@ -777,13 +709,13 @@ def one_line_errors():
         stream.reconfigure(errors="backslashreplace")  # a code page may lack a folder's name
     try:
         yield
-    except (ValueError, OSError) as error:
-        fail(error)
-    except RuntimeError as error:
+    except (ValueError, OSError, RuntimeError) as error:
         for pattern, advice in ADVICE.items():
             if re.search(pattern, str(error)):
                 fail(f"{advice} ({str(error).splitlines()[0]})")
-        raise
+        if isinstance(error, RuntimeError):
+            raise
+        fail(error)
 
 
 def seed_all(*key):
@@ -792,17 +724,15 @@ def seed_all(*key):
 
 
 def read_args(argv, settings, preset, tasks, fixed=(), reads=()):
-    """The arguments as a namespace, `run`: a flag beats the checkpoint's value, which beats
-    preset(arguments), which beats settings, {name: value or (value, help)}. What is `fixed` must
-    agree with the checkpoint; reads: other scripts whose checkpoints will do."""
-    argv = sys.argv[1:] if argv is None else argv
-    show = argparse.ArgumentDefaultsHelpFormatter
-    parser = argparse.ArgumentParser(f"{SCRIPT}.py", None, __doc__.split("\n\n")[0],
-                                     formatter_class=show)
+    """The arguments, `run`: a flag beats the checkpoint's value, which beats preset(arguments),
+    which beats settings, {name: value or (value, help)}. What is `fixed` must agree with the
+    checkpoint; reads: other scripts whose checkpoints will do."""
+    parser = argparse.ArgumentParser(f"{SCRIPT}.py", None, __doc__.split("\n\n")[0], add_help=False,
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.error = fail
     settings = COMMON | {"task": (tuple(tasks), "what to do with the trained network")} | settings
     for key, value in settings.items():
-        value, text = value if key not in HELP else (value, HELP[key])
+        value, text = (value, HELP[key]) if key in HELP else value
         options = {"type": type(value)}
         if isinstance(value, bool):
             options = {"action": argparse.BooleanOptionalAction}
@@ -811,38 +741,37 @@ def read_args(argv, settings, preset, tasks, fixed=(), reads=()):
         elif isinstance(value, tuple):
             options = {"type": int, "nargs": "*" if key == "attention_resolutions" else "+"}
         parser.add_argument(f"--{key.replace('_', '-')}", default=value, help=text, **options)
-    early, _ = parser.parse_known_args([word for word in argv if word not in ("-h", "--help")])
-    out = early.out or f"runs/{SCRIPT}-{Path(early.dataset).resolve().name}"
-    loaded, saved = None, {}
+    early, _ = parser.parse_known_args(argv)
+    out, loaded, saved = f"runs/{SCRIPT}-{Path(early.dataset).resolve().name}", None, {}
+    if early.checkpoint:
+        out = Path(early.checkpoint).parent / early.task
+    out = Path(early.out or out)
     if early.checkpoint or early.resume:
         methods = (SCRIPT,) if early.resume else (SCRIPT, *reads)
-        loaded = load_checkpoint(early.checkpoint or f"{out}/checkpoint.pt", methods)
+        loaded = load_checkpoint(early.checkpoint or out / "checkpoint.pt", methods)
         saved = loaded["settings"]
         if loaded["method"] != SCRIPT:  # take what the network is, not how it samples
-            known = (*NETWORK, *fixed, "dataset", "data_dir", "classes")
-            saved = {key: saved[key] for key in known if key in saved}
+            known = {*NETWORK, *fixed, "dataset", "data_dir", "classes"}
+            saved = {key: saved[key] for key in saved.keys() & known}
         early.dataset = saved["dataset"]
     parser.set_defaults(**{"classes": ()} | preset(early) | saved)
+    parser.add_argument("-h", "--help", action="help", help="show this text, for a --dataset")
     run = parser.parse_args(argv)
     if run.checkpoint and run.resume:
         fail("--resume continues the run folder's own checkpoint: leave out --checkpoint")
-    for key in settings:
-        value = getattr(run, key)
-        value = tuple(value) if isinstance(value, list) else value
-        for x in value if isinstance(value, tuple) else (value,):
-            if type(x) in (int, float) and not 0 < x < math.inf and (x or key not in MAY_BE_0):
-                fail(f"--{key.replace('_', '-')}: {x} is not a positive number")
-        setattr(run, key, value)
     if len(run.image_size) > 2:
         fail("--image-size takes one number, or height and width")
     run.image_size = (run.image_size[0], run.image_size[-1])
-    for key in (*NETWORK, *fixed):
-        if saved.get(key, getattr(run, key)) != getattr(run, key):
-            fail(f"--{key.replace('_', '-')}: the checkpoint was trained with {saved[key]}")
-    beside = run.checkpoint and not run.out
-    run.out = Path(run.checkpoint).parent / run.task if beside else Path(out)
-    run.trains = not run.checkpoint
-    run.loaded, run.file = loaded, "checkpoint.pt"
+    for key in settings:
+        flag, value = f"--{key.replace('_', '-')}", getattr(run, key)
+        value = tuple(value) if isinstance(value, list) else value
+        for x in value if isinstance(value, tuple) else (value,):
+            if type(x) in (int, float) and not 0 < x < math.inf and (x or key not in MAY_BE_0):
+                fail(f"{flag}: {x} is not a positive number")
+        if key in (*NETWORK, *fixed) and saved.get(key, value) != value:
+            fail(f"{flag}: the checkpoint was trained with {saved[key]}")
+        setattr(run, key, value)
+    run.out, run.loaded, run.trains, run.file = out, loaded, not run.checkpoint, "checkpoint.pt"
     machine = ("task", "out", "checkpoint", "resume", "device", "compile")
     run.keys = [key for key in (*settings, "classes") if key not in machine]  # a checkpoint's
     return run
@@ -850,76 +779,65 @@ def read_args(argv, settings, preset, tasks, fixed=(), reads=()):
 
 def setup(run):
     """Choose the device, make the run folder, join the processes of torchrun, seed the weights."""
-    name = run.device
-    if name == "auto":
-        mps = "mps" if torch.backends.mps.is_available() else "cpu"
-        name = "cuda" if torch.cuda.is_available() else mps
+    mps = "mps" if torch.backends.mps.is_available() else "cpu"
+    best = "cuda" if torch.cuda.is_available() else mps
+    name = best if run.device == "auto" else run.device
     name = f"cuda:{LOCAL_RANK}" if name == "cuda" else name
     try:
         run.device = torch.device(name)
         torch.zeros(1, device=run.device).item()
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"no device {name} here: {str(error).splitlines()[0]}") from error
+    backend = {"backend": "gloo"}
     if run.device.type == "cuda":
+        backend = {"backend": "nccl", "device_id": run.device}
         torch.cuda.set_device(run.device)
         torch.set_float32_matmul_precision("high")  # TF32
         torch.backends.cudnn.benchmark = True
-    step = run.loaded["step"] if run.checkpoint else run.steps
-    arguments = {"task": run.task, "checkpoint": run.checkpoint, "step": step}
-    arguments |= {key: getattr(run, key) for key in run.keys}
-    run.results, run.arguments = run.out / "results.json", json.loads(json.dumps(arguments))
-    again = run.checkpoint and read_results(run).get("arguments") == run.arguments  # interrupted
-    if RANK == 0 and not run.resume and not again and run.out.exists() and any(run.out.iterdir()):
-        resume = "continue with --resume or " * (run.out / "checkpoint.pt").exists()
-        raise ValueError(f"{run.out} is not empty: {resume}name another folder with --out")
+    arguments = {key: getattr(run, key) for key in ("task", "checkpoint", *run.keys)}
+    arguments["step"] = run.loaded["step"] if run.checkpoint else run.steps
+    run.arguments, file = json.loads(json.dumps(arguments)), run.out / "results.json"
+    run.results = json.loads(file.read_text()) if file.exists() else {}
+    again = run.checkpoint and run.results.get("arguments") == run.arguments  # was interrupted
     run.out.mkdir(parents=True, exist_ok=True)
+    if RANK == 0 and not run.resume and not again and any(run.out.iterdir()):
+        raise ValueError(f"{run.out} is not empty: --resume continues a training there, --out "
+                         "names another folder")
     if WORLD > 1:
-        gpu = {"backend": "nccl", "device_id": run.device} if run.device.type == "cuda" else {}
-        patience = datetime.timedelta(hours=2)  # while the first process downloads
-        dist.init_process_group(**gpu or {"backend": "gloo"}, timeout=patience)
+        dist.init_process_group(**backend, timeout=datetime.timedelta(hours=2))  # for a download
     torch.manual_seed(run.seed)  # the same initial weights in every process
 
 
-def find_images(root):
-    """Of each image below root, training images first: is it for testing, its path, its class or
-    "". Splits are folders train and test, val, valid or validation, else a hash of the path."""
-    paths, left_out, rows = [], 0, []
-    for folder, inner, names in os.walk(root, onerror=fail, followlinks=True):
-        here, own = Path(folder).resolve(), "results.json" in names and Path(folder) != root
-        inner[:] = [name for name in inner if name[0] != "." and name != "__MACOSX" and not own
-                    and not here.is_relative_to(Path(folder, name).resolve())]  # a loop of links
-        names = [name for name in names if name[0] != "." and name != "Thumbs.db" and not own]
-        known = [name for name in names if Path(name).suffix.lower() in IMAGE_TYPES]
-        paths += [Path(folder, name).relative_to(root) for name in known]
-        left_out += len(names) - len(known)
-    tops = [path.parts[0].lower() for path in paths]
-    tests = [name for name in ("test", "val", "valid", "validation") if name in tops]
-    for path, top in zip(paths, tops, strict=True):
-        key, folders = zlib.crc32(path.as_posix().encode()), (*path.parts[:-1], "")
-        if "train" not in tops or not tests:
-            rows.append((key % 10 == 0, path, folders[0], key))
-        elif top in ("train", tests[0]):
-            rows.append((top == tests[0], path, folders[1], key))
-    if left_out + len(paths) > len(rows):
-        report(f"{root}: {left_out + len(paths) - len(rows)} other files are left out")
-    least = min(rows, key=lambda row: row[3])[3] if rows else 0
-    if not any(row[0] for row in rows):
-        rows = [(key == least, path, name, key) for _, path, name, key in rows]
-    if all(row[0] for row in rows):
-        raise ValueError(f"{root} holds {len(rows)} images ({' '.join(IMAGE_TYPES)}): 2 are needed")
-    return [row[:3] for row in sorted(rows)]
-
-
 def load_folder(run):
-    """Images and labels of both splits, as load_images; without training images if there is a
-    checkpoint. Sets run.classes and run.unlabelled, the images in no class's folder."""
-    root, (H, W), errors, grey = Path(run.dataset), run.image_size, [], []
-    rows = find_images(root)
-    run.classes = run.classes or tuple(sorted({name for _, _, name in rows if name}))
-    rows = [row for row in rows if row[0] or run.trains]
-    run.unlabelled = [str(root / path) for _, path, name in rows if name not in run.classes]
+    """As load_images, for the images below a folder; no training images unless run.trains. Sets
+    run.unlabelled: the images in no class's folder."""
+    root, (H, W), files, errors, grey = Path(run.dataset), run.image_size, [], [], []
+    for folder, inner, names in os.walk(root, onerror=fail, followlinks=True):
+        here = Path(folder)
+        if "results.json" in names and here != root:  # a run folder
+            inner[:], names = [], []
+        inner[:] = [name for name in inner if not re.match(SKIPPED, name) and not
+                    here.resolve().is_relative_to((here / name).resolve())]  # a loop of links
+        files += [here.relative_to(root) / name for name in names if not re.match(SKIPPED, name)]
+    tops = {path: path.parts[0].lower() for path in files if path.suffix.lower() in IMAGE_TYPES}
+    test = [name for name in ("test", "val", "valid", "validation") if name in tops.values()][:1]
+    split = bool(test) and "train" in tops.values()
+    if split:
+        rows = [(top in test, path) for path, top in tops.items() if top in ("train", *test)]
+    else:  # by a hash of the path: adding a file moves no other
+        keys = {path: zlib.crc32(path.as_posix().encode()) for path in tops}
+        least = min(keys, key=lambda path: (keys[path] % 10 > 0, keys[path]), default=None)
+        rows = [(keys[path] % 10 == 0 or path == least, path) for path in tops]
+    if len(rows) < len(files):
+        report(f"{root}: {len(files) - len(rows)} other files are left out")
+    if all(for_test for for_test, _ in rows):
+        raise ValueError(f"{root} holds {len(rows)} images ({' '.join(IMAGE_TYPES)}): 2 are needed")
+    class_of = {path: (*path.parts[split:-1], "")[0] for _, path in rows}
+    run.classes = run.classes or tuple(sorted({*class_of.values()} - {""}))
+    rows = sorted(row for row in rows if row[0] or run.trains)  # training images come first
+    run.unlabelled = [str(root / path) for _, path in rows if class_of[path] not in run.classes]
     number = {name: i for i, name in enumerate(run.classes)}
-    labels = torch.tensor([number.get(name, -1) for _, _, name in rows])
+    labels = torch.tensor([number.get(class_of[path], -1) for _, path in rows])
     mode = "L" if run.image_channels == 1 else "RGB"
     images = torch.empty(len(rows), len(mode), H, W, dtype=torch.uint8)
 
@@ -931,7 +849,7 @@ def load_folder(run):
                 raise ValueError("more than 8 bits a channel: convert it to 8")
             with contextlib.suppress(Exception):  # a broken EXIF block is no reason to stop
                 image = ImageOps.exif_transpose(image)
-            if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+            if image.has_transparency_data:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             images[i] = pil_to_tensor(ImageOps.fit(image.convert(mode), (W, H)))
@@ -947,7 +865,7 @@ def load_folder(run):
         raise ValueError(f"{len(errors)} of {len(rows)} images cannot be read: {min(errors)}")
     if all(grey) and not run.image_channels:
         images = images[:, :1].clone()
-    n = [row[0] for row in rows].index(True)  # training images come first
+    n = sum(not for_test for for_test, _ in rows)
     return (images[:n], labels[:n]), (images[n:], labels[n:])
 
 
@@ -955,7 +873,7 @@ def load_images(run):
     """Training images (N, C, H, W) uint8 and labels (N,) int64, -1 for none; the same of the test
     split. Sets run.image_channels and run.classes, the names of the labels."""
     if run.dataset in TORCHVISION:
-        own = run.dataset == "digits"
+        own = run.dataset == "digits"  # they are in assets, as files of MNIST's format
         root = str(Path(__file__).parent / "assets") if own else run.data_dir
         kind = getattr(torchvision.datasets, TORCHVISION[run.dataset])
         if RANK > 0:
@@ -963,8 +881,8 @@ def load_images(run):
         try:
             parts = [kind(root, train=train, download=not own) for train in (True, False)]
         except (RuntimeError, OSError) as error:
-            raise OSError(f"cannot download {run.dataset} ({error}); without a network put its "
-                          f"files where torchvision looks for them, below {root}") from error
+            raise OSError(f"cannot download {run.dataset} ({error}): put torchvision's files of it "
+                          f"below {root}") from error
         if RANK == 0 and WORLD > 1:
             dist.barrier()
         run.classes = tuple(parts[0].classes)
@@ -986,16 +904,15 @@ def load_data(run):
     run.test, run.unlabelled = None, []
     try:
         train, test = load_images(run)
-        order = torch.randperm(len(test[0]), generator=torch.Generator().manual_seed(run.seed))
-        run.test, run.test_labels = (part[order].to(run.device) for part in test)
     except (ValueError, OSError) as error:
         if not run.checkpoint or run.task != "sample":
             raise
         report(f"process.png goes without its first row: {error}")
-    if not run.trains:
         return None
-    few = train[0].nbytes < 2**32  # 4 GB
-    return [part.to(run.device) if few else part for part in train]
+    order = torch.randperm(len(test[0]), generator=torch.Generator().manual_seed(run.seed))
+    run.test, run.test_labels = (part[order].to(run.device) for part in test)
+    device = run.device if train[0].nbytes < 2**32 else "cpu"  # 4 GB
+    return [part.to(device) for part in train] if run.trains else None
 
 
 def prepare(run, net):
@@ -1029,8 +946,8 @@ def save_checkpoint(path, state):
 
 
 def load_checkpoint(path, methods):
-    """The checkpoint, on the CPU. torch.load takes a flipped byte for data: the archive's checksums
-    come first. weights_only keeps a hostile file from running code."""
+    """The checkpoint, on the CPU. weights_only keeps a hostile file from running code; a flipped
+    byte is data to torch.load, not to the archive's checksums."""
     if not Path(path).is_file():
         raise ValueError(f"there is no checkpoint {path}")
     try:
@@ -1051,40 +968,39 @@ def load_checkpoint(path, methods):
 def fit(net, loss_fn, data, run):
     """Train to step run.steps, write log.jsonl and run.file, leave the EMA weights in net.
 
-    data: tensors of one length, of which each step draws rows; loss_fn(*rows): a scalar. A step is
-    a function of the weights and (seed, step, process), so that a resumed run equals an
-    uninterrupted one. Ctrl-C, SIGTERM and SIGHUP save. A step that is not finite changes nothing.
+    Each step draws rows of data, tensors of one length, for the scalar loss_fn(*rows). It depends
+    on the weights and (seed, step, process) alone: a resumed run equals an uninterrupted one.
     """
     if run.batch_size % WORLD:
         raise ValueError(f"--batch-size {run.batch_size} is not a multiple of {WORLD} processes")
-    weights, log, step = list(net.parameters()), run.out / "log.jsonl", 0
+    weights, log, step, start = list(net.parameters()), run.out / "log.jsonl", 0, time.time()
     optimizer = torch.optim.Adam(weights, run.lr, fused=True)
     ema = copy.deepcopy(net).eval().requires_grad_(False)
+    saved = {"model": net, "ema": ema, "optimizer": optimizer}
     running = torch.zeros(2, device=run.device)  # sum and number of the losses since the last line
-    size, start = {"n": len(data[0]), "parameters": sum(p.numel() for p in weights)}, time.time()
+    size = {"n": len(data[0]), "parameters": sum(p.numel() for p in weights)}
     report(f"{[*data[0].shape]} data, {size['parameters']:,} parameters, to {run.out}")
     if run.resume:
-        state, step = run.loaded, run.loaded["step"]
+        step = run.loaded["step"]
         if step > run.steps:
             raise ValueError(f"--steps {run.steps}: the checkpoint has done {step} already")
-        for part, key in ((net, "model"), (ema, "ema"), (optimizer, "optimizer")):
-            part.load_state_dict(state[key])
-        running += state["running"].to(run.device)
+        for key, part in saved.items():
+            part.load_state_dict(run.loaded[key])
+        running += run.loaded["running"].to(run.device)
         if RANK == 0 and log.exists():  # later steps happen again: drop their lines
             lines = [line for line in log.read_text().splitlines() if line.endswith("}")]
             log.write_text("".join(f"{x}\n" for x in lines if json.loads(x)["step"] <= step))
     signals, stopped, seen, since = [], False, step, start
-    stops = [getattr(signal, name, None) for name in ("SIGINT", "SIGTERM", "SIGHUP")]
-    stops = {s: signal.getsignal(s) for s in stops if s and signal.getsignal(s) != signal.SIG_IGN}
-    for stop in stops:
-        signal.signal(stop, lambda number, _: signals.append(number))
+    handlers = {  # the old ones; nohup ignores SIGHUP
+        s: signal.signal(s, lambda number, _: signals.append(number)) for s in signal.Signals
+        if s.name in ("SIGINT", "SIGTERM", "SIGHUP") and signal.getsignal(s) != signal.SIG_IGN
+    }
     net.train()
     while step < run.steps and not stopped:
         step += 1
         seed_all(run.seed, step, RANK)
         warm = step / max(1, run.warmup)
-        for group in optimizer.param_groups:
-            group["lr"] = run.lr * min(1, warm, warm**-run.lr_decay)
+        optimizer.param_groups[0]["lr"] = lr = run.lr * min(1, warm, warm**-run.lr_decay)
         rows = torch.randint(len(data[0]), (run.batch_size // WORLD,), device=data[0].device)
         batch = [part[rows].to(run.device) for part in data]
         if run.flip:
@@ -1110,32 +1026,30 @@ def fit(net, loss_fn, data, run):
             running += torch.where(finite, torch.stack([loss, torch.ones_like(loss)]), 0.0)
         stopped = bool(signals) and WORLD == 1
         if step == 1 or step % run.log_every == 0:
-            (total, count), norm = running.tolist(), norm.item()
+            tally = torch.cat([running, running.new_full((1,), len(signals))])
+            if WORLD > 1:
+                dist.all_reduce(tally)  # all processes stop at the same step
+            total, count, stops = tally.tolist()
+            stopped = stops > 0
             running.zero_()
             if count == 0:
-                fail(f"no loss and gradient since the last log line, to step {step}, is finite: "
-                     "lower --lr")
-            if WORLD > 1:  # all processes stop at the same step
-                stop = torch.tensor(float(len(signals)), device=run.device)
-                dist.all_reduce(stop)
-                stopped = stop.item() > 0
+                fail(f"since the last log line, to step {step}, no loss is finite: lower --lr")
             pace = (time.time() - since) / (step - seen)  # seconds a step
             seen, since = step, time.time()
             left = datetime.timedelta(seconds=round(pace * (run.steps - step)))
             report(f"step {step} of {run.steps}: loss {total / count:.4f}, "
                    f"{run.batch_size / pace:.0f} examples/s, {left} left")
-            line = {"step": step, "loss": total / count, "grad_norm": norm, "lr": group["lr"]}
+            line = {"step": step, "loss": total / count, "grad_norm": norm.item(), "lr": lr}
             if RANK == 0:
                 with open(log, "a") as file:
                     file.write(json.dumps(line) + "\n")
         if RANK == 0 and (step % run.save_every == 0 or step == run.steps or stopped):
-            save_checkpoint(run.out / run.file, {
-                "method": SCRIPT, "step": step, "settings": {k: getattr(run, k) for k in run.keys},
-                "model": net.state_dict(), "ema": ema.state_dict(),
-                "optimizer": optimizer.state_dict(), "running": running,
-            })
-    for stop, handler in stops.items():
-        signal.signal(stop, handler)
+            state = {key: part.state_dict() for key, part in saved.items()}
+            state |= {"method": SCRIPT, "step": step, "running": running}
+            state["settings"] = {key: getattr(run, key) for key in run.keys}
+            save_checkpoint(run.out / run.file, state)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
     if stopped:
         report(f"stopped after step {step}, which is saved: continue with --resume")
         sys.exit(128 + (signals or [signal.SIGTERM])[0])
@@ -1145,8 +1059,7 @@ def fit(net, loss_fn, data, run):
 
 def save_grid(images, path, columns, labels=()):
     """uint8 images (N, C, H, W) as one PNG, small ones enlarged; labels: a text beside each row."""
-    scale = max(1, 48 // images.shape[3])
-    images = images.cpu().repeat_interleave(scale, 2).repeat_interleave(scale, 3)
+    images = nn.functional.interpolate(images.cpu(), scale_factor=max(1, 48 // images.shape[3]))
     grid = to_pil_image(make_grid(images, columns, pad_value=96))
     if labels:
         height, width = images.shape[2] + 2, 7 * max(map(len, labels))
@@ -1158,24 +1071,21 @@ def save_grid(images, path, columns, labels=()):
 
 
 def save_images(draw, run):
-    """Make images/NNNNNN.png of draw(first, n, record) -> (n, C, H, W) uint8, in batches. Each is a
-    function of (seed, first): processes share them, and what exists is not drawn again.
-    Returns at most 100 images, and the states of the first batch if it was drawn here and now."""
+    """Make images/NNNNNN.png of draw(first, n, record) -> (n, C, H, W) uint8, in batches: functions
+    of (seed, first), so that processes share them and what exists is not drawn again. Returns at
+    most 100 images, and the states of the first batch if it was drawn here and now."""
     folder, record = run.out / "images", []
-    if RANK == 0:
-        if read_results(run).get("arguments") != run.arguments:
-            shutil.rmtree(folder, ignore_errors=True)  # they are images of other settings
-        save_results(run, arguments=run.arguments)
-        folder.mkdir(exist_ok=True)
-    if WORLD > 1:
-        dist.barrier()
+    if RANK == 0 and run.results.get("arguments") != run.arguments:
+        shutil.rmtree(folder, ignore_errors=True)  # they are images of other settings
+    save_results(run, arguments=run.arguments)
+    folder.mkdir(exist_ok=True)
     files = [folder / f"{i:06d}.png" for i in range(run.num_samples)]
     for first in range(0, run.num_samples, run.sample_batch_size)[RANK::WORLD]:
         batch = files[first : first + run.sample_batch_size]
-        new = first == 0 and not (run.out / "process.png").exists()
-        if new or not all(file.exists() for file in batch):
+        done = batch if first else [*batch, run.out / "process.png"]
+        if not all(file.exists() for file in done):
             seed_all(run.seed, "batch", first)
-            images = draw(first, len(batch), record if first == 0 else None).cpu()
+            images = draw(first, len(batch), None if first else record).cpu()
             for image, file in zip(images, batch, strict=True):
                 to_pil_image(image).save(f"{file}.part", "png")
                 os.replace(f"{file}.part", file)
@@ -1186,18 +1096,20 @@ def save_images(draw, run):
     return torch.stack([pil_to_tensor(Image.open(file)) for file in files[:100]]), record
 
 
-def read_results(run):
-    return json.loads(run.results.read_text()) if run.results.exists() else {}
-
-
 def save_results(run, **entries):
+    """Add entries to results.json; all processes wait until that is done."""
+    run.results |= entries
     if RANK == 0:
-        run.results.write_text(json.dumps(read_results(run) | entries, indent=2) + "\n")
+        (run.out / "results.json").write_text(json.dumps(run.results, indent=2) + "\n")
+    if WORLD > 1:
+        dist.barrier()
 
 
 def do_tasks(run, tasks, also=()):
     """Do run.task and, after training for `sample`, the tasks `also`; what they return goes into
     results.json, with what repeats it."""
+    if run.checkpoint:  # the same command will continue
+        save_results(run, arguments=run.arguments)
     for name in (run.task, *(also if run.task == "sample" and not run.checkpoint else ())):
         seed_all(run.seed, name)
         start = time.time()

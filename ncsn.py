@@ -422,42 +422,33 @@ def main(argv=None):
 SCRIPT = Path(__file__).stem
 WORLD = int(os.environ.get("WORLD_SIZE", 1))  # processes of torchrun, 1 without it
 RANK, LOCAL_RANK = (int(os.environ.get(k, 0)) * (WORLD > 1) for k in ("RANK", "LOCAL_RANK"))
-TORCHVISION = {"digits": "MNIST", "mnist": "MNIST", "fashion_mnist": "FashionMNIST",
-               "cifar10": "CIFAR10"}  # the digits are in assets, as files of MNIST's format
+TORCHVISION = dict(digits="MNIST", mnist="MNIST", fashion_mnist="FashionMNIST", cifar10="CIFAR10")
+SKIPPED = r"\.|__MACOSX$|Thumbs\.db$"  # files and folders in a folder of images
 IMAGE_TYPES = ".jpg .jpeg .jfif .png .webp .bmp .gif .tif .tiff .ppm .pgm".split()
 COMMON = dict(  # flags of every script beside its settings
-    dataset="digits", data_dir="data", image_channels=0, out="", checkpoint="", resume=False,
-    seed=0, device="auto", compile=False, bf16=False,
+    dataset=("digits", "digits, mnist, fashion_mnist, cifar10 or a folder of images"),
+    data_dir=("data", "where torchvision downloads to"),
+    image_channels=(0, "1 for grey, 3 for colour, 0 for what the images are"),
+    out=("", "run folder, by default runs/SCRIPT-DATASET, or TASK beside the checkpoint"),
+    checkpoint=("", "do not train, take the EMA weights and settings of this file"),
+    resume=(False, "continue the training in the run folder"),
+    seed=(0, "of all random numbers"),
+    device=("auto", "cuda, mps or cpu; auto takes the first there is"),
+    compile=(False, "torch.compile the network"),
+    bf16=(False, "run the network in bfloat16, except where likelihoods are measured"),
 )
-HELP = dict(line.split(": ", 1) for line in """\
-dataset: digits, mnist, fashion_mnist, cifar10 or a folder of images
-data_dir: where torchvision downloads to
-image_channels: 1 for grey, 3 for colour, 0 for what the images are
-out: run folder, by default runs/SCRIPT-DATASET, or TASK beside the checkpoint
-checkpoint: do not train, take the EMA weights and settings of this file
-resume: continue the training in the run folder
-seed: of all random numbers
-device: cuda, mps or cpu; auto takes the first there is
-compile: torch.compile the network
-bf16: run the network in bfloat16, except where likelihoods are measured
-steps: training steps in all
-batch_size: examples a step, of all processes together
-lr: Adam's learning rate
-warmup: steps in which the learning rate rises to --lr
-lr_decay: p, after the warmup the learning rate falls as step^-p
-grad_clip: largest norm of the gradient, 0 for any
-ema_decay: of the averaged weights, 0 for no average
-flip: mirror training images at random
-image_size: pixels, N or H W, other images are resized
-channels: of the network's first level
-channel_mult: U-Net, channels of each level / --channels
-num_res_blocks: U-Net, residual blocks of a level
-attention_resolutions: U-Net, size of the levels with attention
-dropout: rate in the network's blocks
-num_samples: examples to sample
-sample_batch_size: examples sampled or tested at a time
-log_every: steps between two lines of log.jsonl
-save_every: steps between two checkpoints""".splitlines())
+HELP = dict(  # of the settings that all scripts share
+    steps="training steps", batch_size="examples a step, of all processes together",
+    lr="Adam's learning rate", warmup="steps until the rate reaches --lr",
+    lr_decay="p: after the warmup the rate falls as step^-p", image_size="N or H W",
+    grad_clip="largest gradient norm, 0: any", ema_decay="of averaged weights, 0: no average",
+    flip="mirror training images at random",
+    channels="of the U-Net's first level", channel_mult="channels of each level / --channels",
+    num_res_blocks="residual blocks of a level", attention_resolutions="sizes with attention",
+    dropout="rate in the network", num_samples="examples to sample",
+    sample_batch_size="examples sampled or tested at a time",
+    log_every="steps between log lines", save_every="steps between checkpoints",
+)
 NETWORK = ("image_channels", "image_size", "channels", "channel_mult", "num_res_blocks",
            "attention_resolutions")
 MAY_BE_0 = ("image_channels seed warmup lr_decay grad_clip ema_decay dropout hybrid guidance eta "
@@ -466,7 +457,7 @@ ADVICE = {  # for errors of the machine: what their text has in it, and what to 
     "allocate|out of memory|ALLOC_FAILED": "the memory is full: lower --batch-size, "
                                            "--sample-batch-size, --channels or --image-size",
     "[Cc]ompiler": "--compile needs a C++ compiler (g++ or clang): install one or leave it out",
-    "PytorchStreamWriter|unexpected pos": "cannot write the checkpoint: is the disk full?",
+    "PytorchStreamWriter|unexpected pos|Errno 2[78]": "cannot write: is the disk full?",
     "loading state_dict": "the checkpoint's weights do not fit its settings",
 }
 
@@ -488,13 +479,13 @@ def one_line_errors():
         stream.reconfigure(errors="backslashreplace")  # a code page may lack a folder's name
     try:
         yield
-    except (ValueError, OSError) as error:
-        fail(error)
-    except RuntimeError as error:
+    except (ValueError, OSError, RuntimeError) as error:
         for pattern, advice in ADVICE.items():
             if re.search(pattern, str(error)):
                 fail(f"{advice} ({str(error).splitlines()[0]})")
-        raise
+        if isinstance(error, RuntimeError):
+            raise
+        fail(error)
 
 
 def seed_all(*key):
@@ -503,17 +494,15 @@ def seed_all(*key):
 
 
 def read_args(argv, settings, preset, tasks, fixed=(), reads=()):
-    """The arguments as a namespace, `run`: a flag beats the checkpoint's value, which beats
-    preset(arguments), which beats settings, {name: value or (value, help)}. What is `fixed` must
-    agree with the checkpoint; reads: other scripts whose checkpoints will do."""
-    argv = sys.argv[1:] if argv is None else argv
-    show = argparse.ArgumentDefaultsHelpFormatter
-    parser = argparse.ArgumentParser(f"{SCRIPT}.py", None, __doc__.split("\n\n")[0],
-                                     formatter_class=show)
+    """The arguments, `run`: a flag beats the checkpoint's value, which beats preset(arguments),
+    which beats settings, {name: value or (value, help)}. What is `fixed` must agree with the
+    checkpoint; reads: other scripts whose checkpoints will do."""
+    parser = argparse.ArgumentParser(f"{SCRIPT}.py", None, __doc__.split("\n\n")[0], add_help=False,
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.error = fail
     settings = COMMON | {"task": (tuple(tasks), "what to do with the trained network")} | settings
     for key, value in settings.items():
-        value, text = value if key not in HELP else (value, HELP[key])
+        value, text = (value, HELP[key]) if key in HELP else value
         options = {"type": type(value)}
         if isinstance(value, bool):
             options = {"action": argparse.BooleanOptionalAction}
@@ -522,38 +511,37 @@ def read_args(argv, settings, preset, tasks, fixed=(), reads=()):
         elif isinstance(value, tuple):
             options = {"type": int, "nargs": "*" if key == "attention_resolutions" else "+"}
         parser.add_argument(f"--{key.replace('_', '-')}", default=value, help=text, **options)
-    early, _ = parser.parse_known_args([word for word in argv if word not in ("-h", "--help")])
-    out = early.out or f"runs/{SCRIPT}-{Path(early.dataset).resolve().name}"
-    loaded, saved = None, {}
+    early, _ = parser.parse_known_args(argv)
+    out, loaded, saved = f"runs/{SCRIPT}-{Path(early.dataset).resolve().name}", None, {}
+    if early.checkpoint:
+        out = Path(early.checkpoint).parent / early.task
+    out = Path(early.out or out)
     if early.checkpoint or early.resume:
         methods = (SCRIPT,) if early.resume else (SCRIPT, *reads)
-        loaded = load_checkpoint(early.checkpoint or f"{out}/checkpoint.pt", methods)
+        loaded = load_checkpoint(early.checkpoint or out / "checkpoint.pt", methods)
         saved = loaded["settings"]
         if loaded["method"] != SCRIPT:  # take what the network is, not how it samples
-            known = (*NETWORK, *fixed, "dataset", "data_dir", "classes")
-            saved = {key: saved[key] for key in known if key in saved}
+            known = {*NETWORK, *fixed, "dataset", "data_dir", "classes"}
+            saved = {key: saved[key] for key in saved.keys() & known}
         early.dataset = saved["dataset"]
     parser.set_defaults(**{"classes": ()} | preset(early) | saved)
+    parser.add_argument("-h", "--help", action="help", help="show this text, for a --dataset")
     run = parser.parse_args(argv)
     if run.checkpoint and run.resume:
         fail("--resume continues the run folder's own checkpoint: leave out --checkpoint")
-    for key in settings:
-        value = getattr(run, key)
-        value = tuple(value) if isinstance(value, list) else value
-        for x in value if isinstance(value, tuple) else (value,):
-            if type(x) in (int, float) and not 0 < x < math.inf and (x or key not in MAY_BE_0):
-                fail(f"--{key.replace('_', '-')}: {x} is not a positive number")
-        setattr(run, key, value)
     if len(run.image_size) > 2:
         fail("--image-size takes one number, or height and width")
     run.image_size = (run.image_size[0], run.image_size[-1])
-    for key in (*NETWORK, *fixed):
-        if saved.get(key, getattr(run, key)) != getattr(run, key):
-            fail(f"--{key.replace('_', '-')}: the checkpoint was trained with {saved[key]}")
-    beside = run.checkpoint and not run.out
-    run.out = Path(run.checkpoint).parent / run.task if beside else Path(out)
-    run.trains = not run.checkpoint
-    run.loaded, run.file = loaded, "checkpoint.pt"
+    for key in settings:
+        flag, value = f"--{key.replace('_', '-')}", getattr(run, key)
+        value = tuple(value) if isinstance(value, list) else value
+        for x in value if isinstance(value, tuple) else (value,):
+            if type(x) in (int, float) and not 0 < x < math.inf and (x or key not in MAY_BE_0):
+                fail(f"{flag}: {x} is not a positive number")
+        if key in (*NETWORK, *fixed) and saved.get(key, value) != value:
+            fail(f"{flag}: the checkpoint was trained with {saved[key]}")
+        setattr(run, key, value)
+    run.out, run.loaded, run.trains, run.file = out, loaded, not run.checkpoint, "checkpoint.pt"
     machine = ("task", "out", "checkpoint", "resume", "device", "compile")
     run.keys = [key for key in (*settings, "classes") if key not in machine]  # a checkpoint's
     return run
@@ -561,76 +549,65 @@ def read_args(argv, settings, preset, tasks, fixed=(), reads=()):
 
 def setup(run):
     """Choose the device, make the run folder, join the processes of torchrun, seed the weights."""
-    name = run.device
-    if name == "auto":
-        mps = "mps" if torch.backends.mps.is_available() else "cpu"
-        name = "cuda" if torch.cuda.is_available() else mps
+    mps = "mps" if torch.backends.mps.is_available() else "cpu"
+    best = "cuda" if torch.cuda.is_available() else mps
+    name = best if run.device == "auto" else run.device
     name = f"cuda:{LOCAL_RANK}" if name == "cuda" else name
     try:
         run.device = torch.device(name)
         torch.zeros(1, device=run.device).item()
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"no device {name} here: {str(error).splitlines()[0]}") from error
+    backend = {"backend": "gloo"}
     if run.device.type == "cuda":
+        backend = {"backend": "nccl", "device_id": run.device}
         torch.cuda.set_device(run.device)
         torch.set_float32_matmul_precision("high")  # TF32
         torch.backends.cudnn.benchmark = True
-    step = run.loaded["step"] if run.checkpoint else run.steps
-    arguments = {"task": run.task, "checkpoint": run.checkpoint, "step": step}
-    arguments |= {key: getattr(run, key) for key in run.keys}
-    run.results, run.arguments = run.out / "results.json", json.loads(json.dumps(arguments))
-    again = run.checkpoint and read_results(run).get("arguments") == run.arguments  # interrupted
-    if RANK == 0 and not run.resume and not again and run.out.exists() and any(run.out.iterdir()):
-        resume = "continue with --resume or " * (run.out / "checkpoint.pt").exists()
-        raise ValueError(f"{run.out} is not empty: {resume}name another folder with --out")
+    arguments = {key: getattr(run, key) for key in ("task", "checkpoint", *run.keys)}
+    arguments["step"] = run.loaded["step"] if run.checkpoint else run.steps
+    run.arguments, file = json.loads(json.dumps(arguments)), run.out / "results.json"
+    run.results = json.loads(file.read_text()) if file.exists() else {}
+    again = run.checkpoint and run.results.get("arguments") == run.arguments  # was interrupted
     run.out.mkdir(parents=True, exist_ok=True)
+    if RANK == 0 and not run.resume and not again and any(run.out.iterdir()):
+        raise ValueError(f"{run.out} is not empty: --resume continues a training there, --out "
+                         "names another folder")
     if WORLD > 1:
-        gpu = {"backend": "nccl", "device_id": run.device} if run.device.type == "cuda" else {}
-        patience = datetime.timedelta(hours=2)  # while the first process downloads
-        dist.init_process_group(**gpu or {"backend": "gloo"}, timeout=patience)
+        dist.init_process_group(**backend, timeout=datetime.timedelta(hours=2))  # for a download
     torch.manual_seed(run.seed)  # the same initial weights in every process
 
 
-def find_images(root):
-    """Of each image below root, training images first: is it for testing, its path, its class or
-    "". Splits are folders train and test, val, valid or validation, else a hash of the path."""
-    paths, left_out, rows = [], 0, []
-    for folder, inner, names in os.walk(root, onerror=fail, followlinks=True):
-        here, own = Path(folder).resolve(), "results.json" in names and Path(folder) != root
-        inner[:] = [name for name in inner if name[0] != "." and name != "__MACOSX" and not own
-                    and not here.is_relative_to(Path(folder, name).resolve())]  # a loop of links
-        names = [name for name in names if name[0] != "." and name != "Thumbs.db" and not own]
-        known = [name for name in names if Path(name).suffix.lower() in IMAGE_TYPES]
-        paths += [Path(folder, name).relative_to(root) for name in known]
-        left_out += len(names) - len(known)
-    tops = [path.parts[0].lower() for path in paths]
-    tests = [name for name in ("test", "val", "valid", "validation") if name in tops]
-    for path, top in zip(paths, tops, strict=True):
-        key, folders = zlib.crc32(path.as_posix().encode()), (*path.parts[:-1], "")
-        if "train" not in tops or not tests:
-            rows.append((key % 10 == 0, path, folders[0], key))
-        elif top in ("train", tests[0]):
-            rows.append((top == tests[0], path, folders[1], key))
-    if left_out + len(paths) > len(rows):
-        report(f"{root}: {left_out + len(paths) - len(rows)} other files are left out")
-    least = min(rows, key=lambda row: row[3])[3] if rows else 0
-    if not any(row[0] for row in rows):
-        rows = [(key == least, path, name, key) for _, path, name, key in rows]
-    if all(row[0] for row in rows):
-        raise ValueError(f"{root} holds {len(rows)} images ({' '.join(IMAGE_TYPES)}): 2 are needed")
-    return [row[:3] for row in sorted(rows)]
-
-
 def load_folder(run):
-    """Images and labels of both splits, as load_images; without training images if there is a
-    checkpoint. Sets run.classes and run.unlabelled, the images in no class's folder."""
-    root, (H, W), errors, grey = Path(run.dataset), run.image_size, [], []
-    rows = find_images(root)
-    run.classes = run.classes or tuple(sorted({name for _, _, name in rows if name}))
-    rows = [row for row in rows if row[0] or run.trains]
-    run.unlabelled = [str(root / path) for _, path, name in rows if name not in run.classes]
+    """As load_images, for the images below a folder; no training images unless run.trains. Sets
+    run.unlabelled: the images in no class's folder."""
+    root, (H, W), files, errors, grey = Path(run.dataset), run.image_size, [], [], []
+    for folder, inner, names in os.walk(root, onerror=fail, followlinks=True):
+        here = Path(folder)
+        if "results.json" in names and here != root:  # a run folder
+            inner[:], names = [], []
+        inner[:] = [name for name in inner if not re.match(SKIPPED, name) and not
+                    here.resolve().is_relative_to((here / name).resolve())]  # a loop of links
+        files += [here.relative_to(root) / name for name in names if not re.match(SKIPPED, name)]
+    tops = {path: path.parts[0].lower() for path in files if path.suffix.lower() in IMAGE_TYPES}
+    test = [name for name in ("test", "val", "valid", "validation") if name in tops.values()][:1]
+    split = bool(test) and "train" in tops.values()
+    if split:
+        rows = [(top in test, path) for path, top in tops.items() if top in ("train", *test)]
+    else:  # by a hash of the path: adding a file moves no other
+        keys = {path: zlib.crc32(path.as_posix().encode()) for path in tops}
+        least = min(keys, key=lambda path: (keys[path] % 10 > 0, keys[path]), default=None)
+        rows = [(keys[path] % 10 == 0 or path == least, path) for path in tops]
+    if len(rows) < len(files):
+        report(f"{root}: {len(files) - len(rows)} other files are left out")
+    if all(for_test for for_test, _ in rows):
+        raise ValueError(f"{root} holds {len(rows)} images ({' '.join(IMAGE_TYPES)}): 2 are needed")
+    class_of = {path: (*path.parts[split:-1], "")[0] for _, path in rows}
+    run.classes = run.classes or tuple(sorted({*class_of.values()} - {""}))
+    rows = sorted(row for row in rows if row[0] or run.trains)  # training images come first
+    run.unlabelled = [str(root / path) for _, path in rows if class_of[path] not in run.classes]
     number = {name: i for i, name in enumerate(run.classes)}
-    labels = torch.tensor([number.get(name, -1) for _, _, name in rows])
+    labels = torch.tensor([number.get(class_of[path], -1) for _, path in rows])
     mode = "L" if run.image_channels == 1 else "RGB"
     images = torch.empty(len(rows), len(mode), H, W, dtype=torch.uint8)
 
@@ -642,7 +619,7 @@ def load_folder(run):
                 raise ValueError("more than 8 bits a channel: convert it to 8")
             with contextlib.suppress(Exception):  # a broken EXIF block is no reason to stop
                 image = ImageOps.exif_transpose(image)
-            if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+            if image.has_transparency_data:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             images[i] = pil_to_tensor(ImageOps.fit(image.convert(mode), (W, H)))
@@ -658,7 +635,7 @@ def load_folder(run):
         raise ValueError(f"{len(errors)} of {len(rows)} images cannot be read: {min(errors)}")
     if all(grey) and not run.image_channels:
         images = images[:, :1].clone()
-    n = [row[0] for row in rows].index(True)  # training images come first
+    n = sum(not for_test for for_test, _ in rows)
     return (images[:n], labels[:n]), (images[n:], labels[n:])
 
 
@@ -666,7 +643,7 @@ def load_images(run):
     """Training images (N, C, H, W) uint8 and labels (N,) int64, -1 for none; the same of the test
     split. Sets run.image_channels and run.classes, the names of the labels."""
     if run.dataset in TORCHVISION:
-        own = run.dataset == "digits"
+        own = run.dataset == "digits"  # they are in assets, as files of MNIST's format
         root = str(Path(__file__).parent / "assets") if own else run.data_dir
         kind = getattr(torchvision.datasets, TORCHVISION[run.dataset])
         if RANK > 0:
@@ -674,8 +651,8 @@ def load_images(run):
         try:
             parts = [kind(root, train=train, download=not own) for train in (True, False)]
         except (RuntimeError, OSError) as error:
-            raise OSError(f"cannot download {run.dataset} ({error}); without a network put its "
-                          f"files where torchvision looks for them, below {root}") from error
+            raise OSError(f"cannot download {run.dataset} ({error}): put torchvision's files of it "
+                          f"below {root}") from error
         if RANK == 0 and WORLD > 1:
             dist.barrier()
         run.classes = tuple(parts[0].classes)
@@ -697,16 +674,15 @@ def load_data(run):
     run.test, run.unlabelled = None, []
     try:
         train, test = load_images(run)
-        order = torch.randperm(len(test[0]), generator=torch.Generator().manual_seed(run.seed))
-        run.test, run.test_labels = (part[order].to(run.device) for part in test)
     except (ValueError, OSError) as error:
         if not run.checkpoint or run.task != "sample":
             raise
         report(f"process.png goes without its first row: {error}")
-    if not run.trains:
         return None
-    few = train[0].nbytes < 2**32  # 4 GB
-    return [part.to(run.device) if few else part for part in train]
+    order = torch.randperm(len(test[0]), generator=torch.Generator().manual_seed(run.seed))
+    run.test, run.test_labels = (part[order].to(run.device) for part in test)
+    device = run.device if train[0].nbytes < 2**32 else "cpu"  # 4 GB
+    return [part.to(device) for part in train] if run.trains else None
 
 
 def prepare(run, net):
@@ -740,8 +716,8 @@ def save_checkpoint(path, state):
 
 
 def load_checkpoint(path, methods):
-    """The checkpoint, on the CPU. torch.load takes a flipped byte for data: the archive's checksums
-    come first. weights_only keeps a hostile file from running code."""
+    """The checkpoint, on the CPU. weights_only keeps a hostile file from running code; a flipped
+    byte is data to torch.load, not to the archive's checksums."""
     if not Path(path).is_file():
         raise ValueError(f"there is no checkpoint {path}")
     try:
@@ -762,40 +738,39 @@ def load_checkpoint(path, methods):
 def fit(net, loss_fn, data, run):
     """Train to step run.steps, write log.jsonl and run.file, leave the EMA weights in net.
 
-    data: tensors of one length, of which each step draws rows; loss_fn(*rows): a scalar. A step is
-    a function of the weights and (seed, step, process), so that a resumed run equals an
-    uninterrupted one. Ctrl-C, SIGTERM and SIGHUP save. A step that is not finite changes nothing.
+    Each step draws rows of data, tensors of one length, for the scalar loss_fn(*rows). It depends
+    on the weights and (seed, step, process) alone: a resumed run equals an uninterrupted one.
     """
     if run.batch_size % WORLD:
         raise ValueError(f"--batch-size {run.batch_size} is not a multiple of {WORLD} processes")
-    weights, log, step = list(net.parameters()), run.out / "log.jsonl", 0
+    weights, log, step, start = list(net.parameters()), run.out / "log.jsonl", 0, time.time()
     optimizer = torch.optim.Adam(weights, run.lr, fused=True)
     ema = copy.deepcopy(net).eval().requires_grad_(False)
+    saved = {"model": net, "ema": ema, "optimizer": optimizer}
     running = torch.zeros(2, device=run.device)  # sum and number of the losses since the last line
-    size, start = {"n": len(data[0]), "parameters": sum(p.numel() for p in weights)}, time.time()
+    size = {"n": len(data[0]), "parameters": sum(p.numel() for p in weights)}
     report(f"{[*data[0].shape]} data, {size['parameters']:,} parameters, to {run.out}")
     if run.resume:
-        state, step = run.loaded, run.loaded["step"]
+        step = run.loaded["step"]
         if step > run.steps:
             raise ValueError(f"--steps {run.steps}: the checkpoint has done {step} already")
-        for part, key in ((net, "model"), (ema, "ema"), (optimizer, "optimizer")):
-            part.load_state_dict(state[key])
-        running += state["running"].to(run.device)
+        for key, part in saved.items():
+            part.load_state_dict(run.loaded[key])
+        running += run.loaded["running"].to(run.device)
         if RANK == 0 and log.exists():  # later steps happen again: drop their lines
             lines = [line for line in log.read_text().splitlines() if line.endswith("}")]
             log.write_text("".join(f"{x}\n" for x in lines if json.loads(x)["step"] <= step))
     signals, stopped, seen, since = [], False, step, start
-    stops = [getattr(signal, name, None) for name in ("SIGINT", "SIGTERM", "SIGHUP")]
-    stops = {s: signal.getsignal(s) for s in stops if s and signal.getsignal(s) != signal.SIG_IGN}
-    for stop in stops:
-        signal.signal(stop, lambda number, _: signals.append(number))
+    handlers = {  # the old ones; nohup ignores SIGHUP
+        s: signal.signal(s, lambda number, _: signals.append(number)) for s in signal.Signals
+        if s.name in ("SIGINT", "SIGTERM", "SIGHUP") and signal.getsignal(s) != signal.SIG_IGN
+    }
     net.train()
     while step < run.steps and not stopped:
         step += 1
         seed_all(run.seed, step, RANK)
         warm = step / max(1, run.warmup)
-        for group in optimizer.param_groups:
-            group["lr"] = run.lr * min(1, warm, warm**-run.lr_decay)
+        optimizer.param_groups[0]["lr"] = lr = run.lr * min(1, warm, warm**-run.lr_decay)
         rows = torch.randint(len(data[0]), (run.batch_size // WORLD,), device=data[0].device)
         batch = [part[rows].to(run.device) for part in data]
         if run.flip:
@@ -821,32 +796,30 @@ def fit(net, loss_fn, data, run):
             running += torch.where(finite, torch.stack([loss, torch.ones_like(loss)]), 0.0)
         stopped = bool(signals) and WORLD == 1
         if step == 1 or step % run.log_every == 0:
-            (total, count), norm = running.tolist(), norm.item()
+            tally = torch.cat([running, running.new_full((1,), len(signals))])
+            if WORLD > 1:
+                dist.all_reduce(tally)  # all processes stop at the same step
+            total, count, stops = tally.tolist()
+            stopped = stops > 0
             running.zero_()
             if count == 0:
-                fail(f"no loss and gradient since the last log line, to step {step}, is finite: "
-                     "lower --lr")
-            if WORLD > 1:  # all processes stop at the same step
-                stop = torch.tensor(float(len(signals)), device=run.device)
-                dist.all_reduce(stop)
-                stopped = stop.item() > 0
+                fail(f"since the last log line, to step {step}, no loss is finite: lower --lr")
             pace = (time.time() - since) / (step - seen)  # seconds a step
             seen, since = step, time.time()
             left = datetime.timedelta(seconds=round(pace * (run.steps - step)))
             report(f"step {step} of {run.steps}: loss {total / count:.4f}, "
                    f"{run.batch_size / pace:.0f} examples/s, {left} left")
-            line = {"step": step, "loss": total / count, "grad_norm": norm, "lr": group["lr"]}
+            line = {"step": step, "loss": total / count, "grad_norm": norm.item(), "lr": lr}
             if RANK == 0:
                 with open(log, "a") as file:
                     file.write(json.dumps(line) + "\n")
         if RANK == 0 and (step % run.save_every == 0 or step == run.steps or stopped):
-            save_checkpoint(run.out / run.file, {
-                "method": SCRIPT, "step": step, "settings": {k: getattr(run, k) for k in run.keys},
-                "model": net.state_dict(), "ema": ema.state_dict(),
-                "optimizer": optimizer.state_dict(), "running": running,
-            })
-    for stop, handler in stops.items():
-        signal.signal(stop, handler)
+            state = {key: part.state_dict() for key, part in saved.items()}
+            state |= {"method": SCRIPT, "step": step, "running": running}
+            state["settings"] = {key: getattr(run, key) for key in run.keys}
+            save_checkpoint(run.out / run.file, state)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
     if stopped:
         report(f"stopped after step {step}, which is saved: continue with --resume")
         sys.exit(128 + (signals or [signal.SIGTERM])[0])
@@ -856,8 +829,7 @@ def fit(net, loss_fn, data, run):
 
 def save_grid(images, path, columns, labels=()):
     """uint8 images (N, C, H, W) as one PNG, small ones enlarged; labels: a text beside each row."""
-    scale = max(1, 48 // images.shape[3])
-    images = images.cpu().repeat_interleave(scale, 2).repeat_interleave(scale, 3)
+    images = nn.functional.interpolate(images.cpu(), scale_factor=max(1, 48 // images.shape[3]))
     grid = to_pil_image(make_grid(images, columns, pad_value=96))
     if labels:
         height, width = images.shape[2] + 2, 7 * max(map(len, labels))
@@ -869,24 +841,21 @@ def save_grid(images, path, columns, labels=()):
 
 
 def save_images(draw, run):
-    """Make images/NNNNNN.png of draw(first, n, record) -> (n, C, H, W) uint8, in batches. Each is a
-    function of (seed, first): processes share them, and what exists is not drawn again.
-    Returns at most 100 images, and the states of the first batch if it was drawn here and now."""
+    """Make images/NNNNNN.png of draw(first, n, record) -> (n, C, H, W) uint8, in batches: functions
+    of (seed, first), so that processes share them and what exists is not drawn again. Returns at
+    most 100 images, and the states of the first batch if it was drawn here and now."""
     folder, record = run.out / "images", []
-    if RANK == 0:
-        if read_results(run).get("arguments") != run.arguments:
-            shutil.rmtree(folder, ignore_errors=True)  # they are images of other settings
-        save_results(run, arguments=run.arguments)
-        folder.mkdir(exist_ok=True)
-    if WORLD > 1:
-        dist.barrier()
+    if RANK == 0 and run.results.get("arguments") != run.arguments:
+        shutil.rmtree(folder, ignore_errors=True)  # they are images of other settings
+    save_results(run, arguments=run.arguments)
+    folder.mkdir(exist_ok=True)
     files = [folder / f"{i:06d}.png" for i in range(run.num_samples)]
     for first in range(0, run.num_samples, run.sample_batch_size)[RANK::WORLD]:
         batch = files[first : first + run.sample_batch_size]
-        new = first == 0 and not (run.out / "process.png").exists()
-        if new or not all(file.exists() for file in batch):
+        done = batch if first else [*batch, run.out / "process.png"]
+        if not all(file.exists() for file in done):
             seed_all(run.seed, "batch", first)
-            images = draw(first, len(batch), record if first == 0 else None).cpu()
+            images = draw(first, len(batch), None if first else record).cpu()
             for image, file in zip(images, batch, strict=True):
                 to_pil_image(image).save(f"{file}.part", "png")
                 os.replace(f"{file}.part", file)
@@ -897,18 +866,20 @@ def save_images(draw, run):
     return torch.stack([pil_to_tensor(Image.open(file)) for file in files[:100]]), record
 
 
-def read_results(run):
-    return json.loads(run.results.read_text()) if run.results.exists() else {}
-
-
 def save_results(run, **entries):
+    """Add entries to results.json; all processes wait until that is done."""
+    run.results |= entries
     if RANK == 0:
-        run.results.write_text(json.dumps(read_results(run) | entries, indent=2) + "\n")
+        (run.out / "results.json").write_text(json.dumps(run.results, indent=2) + "\n")
+    if WORLD > 1:
+        dist.barrier()
 
 
 def do_tasks(run, tasks, also=()):
     """Do run.task and, after training for `sample`, the tasks `also`; what they return goes into
     results.json, with what repeats it."""
+    if run.checkpoint:  # the same command will continue
+        save_results(run, arguments=run.arguments)
     for name in (run.task, *(also if run.task == "sample" and not run.checkpoint else ())):
         seed_all(run.seed, name)
         start = time.time()

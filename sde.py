@@ -7,8 +7,7 @@ Implements: Eq. (4), (6), (7), (8), (9), (10), (11), (12), (13), (29), (30), (31
     t               time, 0 (data) ... 1 (noise, the paper's T)     (B,) float
     x_0             8-bit images scaled linearly                    (B, C, H, W), VE: in [0, 1],
     x               the data at time t                              else in [-1, 1]
-    f, g            drift and diffusion of dx = f dt + g dw         like x, (B,)
-    z               noise                                           like x, N(0, I)
+    f, g, z         dx = f dt + g dw; standard normal noise         like x, (B,), like x
     N, r            steps of a sampler; its corrector's signal-to-noise ratio, snr
     score(x, t)     s_theta, here -net(x in [-1, 1], 999 t) / std   like x
 
@@ -18,15 +17,14 @@ Implements: Eq. (4), (6), (7), (8), (9), (10), (11), (12), (13), (29), (30), (31
     python sde.py --checkpoint runs/ddpm-digits/checkpoint.pt --task bpd    what ddpm.py trained
 
 README.md has measured results. Deviations from the paper and the released code:
-1. The network is DDPM's U-Net. It takes 999 t for VE, too, which is linear in log sigma. The
-   classifier is its first half; the paper's is a Wide ResNet.
+1. On CIFAR-10 the networks are the paper's, elsewhere DDPM's U-Net, which takes 999 t for VE, too:
+   this is linear in log sigma. The classifier is the U-Net's first half, not a Wide ResNet.
 2. N + 1 even times lead from 1 to eps; a step's beta_i is beta(t_i) times its length. The released
    code corrects first, and takes 1 / N for steps of another length.
 3. Inpainting ends with the denoised mean of all pixels, the ODE without one; released: vice versa.
 4. The ODE's error is controlled image by image; VE's loss is a mean over d, not half a sum.
 5. The correctors' alpha_i is 1 - beta_i, as released, not Sec. 2.2's product; so for sub-VP, too.
-6. A network of ddpm.py is read with beta_min = T beta_1, beta_max = T beta_T, for t from 1 / T,
-   where its ODE's samples are denoised.
+6. A network of ddpm.py has beta_min = T beta_1, beta_max = T beta_T; its samples end at t = 1 / T.
 """
 
 import argparse
@@ -44,6 +42,7 @@ import time
 import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -55,12 +54,24 @@ from torch import nn
 from torchvision.transforms.functional import pil_to_tensor, resize, to_pil_image
 from torchvision.utils import make_grid
 
-from unet import UNet, group_norm, time_embedding
+from unet import UNet, ddpm_plus_plus, group_norm, ncsn_plus_plus, time_embedding
 
 # ---- The method ----------------------------------------------------------------------------------
 
 
-class VE:
+class SDE:
+    """dx = f dt + g dw, from data at t = 0 to the prior at t = 1, N(0, prior_std^2 I)."""
+
+    def prior(self, shape, device=None):
+        return self.prior_std * torch.randn(shape, device=device)
+
+    def prior_logp(self, z):
+        """log density (B,) of the prior at z (B, ...), in nats."""
+        squares = (z.flatten(1) / self.prior_std).square().sum(1)
+        return -0.5 * squares - z[0].numel() * math.log(self.prior_std * math.sqrt(2 * math.pi))
+
+
+class VE(SDE):
     """The variance exploding SDE, NCSN's noise in continuous time. x_0 in [0, 1]; t in (0, 1]."""
 
     eps, data_range = 1e-5, (0.0, 1.0)  # eps: where sampling ends (App. C)
@@ -68,10 +79,13 @@ class VE:
     def __init__(self, sigma_min=0.01, sigma_max=50.0):
         if not 0 < sigma_min < sigma_max:
             raise ValueError(f"sigma from {sigma_min} to {sigma_max}: not positive and rising")
-        self.sigma_min, self.sigma_max = sigma_min, sigma_max
+        self.sigma_min, self.sigma_max, self.prior_std = sigma_min, sigma_max, sigma_max
 
     def sigma(self, t):
         return self.sigma_min * (self.sigma_max / self.sigma_min) ** t  # Eq. (31)
+
+    def beta(self, t):
+        return 0.0  # so that the corrector's alpha is 1 in Alg. 4
 
     def drift_diffusion(self, x, t):
         """f like x and g (B,) of dx = f dt + g dw."""
@@ -82,14 +96,6 @@ class VE:
         """Mean like x_0 and deviation (B,) of p(x(t) | x_0)."""
         return x_0, self.sigma(t)  # Eq. (31): Eq. (29) with sigma(0) = 0
 
-    def prior(self, shape, device=None):
-        """x(1) of this shape."""
-        return self.sigma_max * torch.randn(shape, device=device)
-
-    def prior_logp(self, z):
-        """log density (B,) of the prior, in nats."""
-        return gaussian_logp(z, self.sigma_max)
-
     def discretize(self, x, t, dt):
         """f like x and G (B,) of the discrete chain's step x(t) = x(t - dt) + f + G z."""
         return torch.zeros_like(x), (self.sigma(t) ** 2 - self.sigma(t - dt) ** 2).sqrt()  # Eq. (8)
@@ -99,18 +105,12 @@ class VE:
         _, G = self.discretize(x, t, dt)
         return x + expand(G**2, x) * s, G * self.sigma(t - dt) / self.sigma(t)  # Eq. (47)
 
-    def alpha(self, t, dt):
-        """What multiplies the corrector's step size at t."""
-        return 1.0  # Alg. 4
 
+class VP(SDE):
+    """The variance preserving SDE: DDPM's noise in continuous time, beta(t) linear. x_0 in [-1, 1].
+    Its methods return what VE's do."""
 
-class VP:
-    """The variance preserving SDE, DDPM's noise in continuous time, beta(t) linear. x_0 in [-1, 1].
-
-    Its methods are VE's.
-    """
-
-    eps, data_range = 1e-3, (-1.0, 1.0)
+    eps, data_range, prior_std = 1e-3, (-1.0, 1.0), 1.0
 
     def __init__(self, beta_min=0.1, beta_max=20.0):
         if not 0 < beta_min <= beta_max:
@@ -133,12 +133,6 @@ class VP:
         std = (-torch.expm1(2 * log_mean)).sqrt()  # sqrt(1 - mean^2), precise where it is small
         return expand(log_mean.exp(), x_0) * x_0, std  # Eq. (29)
 
-    def prior(self, shape, device=None):
-        return torch.randn(shape, device=device)
-
-    def prior_logp(self, z):
-        return gaussian_logp(z, 1.0)
-
     def discretize(self, x, t, dt):
         beta = self.beta(t) * dt  # beta_i
         return expand((1 - beta).sqrt() - 1, x) * x, beta.sqrt()  # Eq. (10)
@@ -147,14 +141,18 @@ class VP:
         beta = self.beta(t) * dt
         return (x + expand(beta, x) * s) / expand((1 - beta).sqrt(), x), beta.sqrt()  # Eq. (4)
 
-    def alpha(self, t, dt):
-        return 1 - self.beta(t) * dt  # of Alg. 5, as released
+
+def euler_maruyama(sde, x, t, dt):
+    """f like x and G (B,) of x(t) = x(t - dt) + f + G z, both evaluated at t, where the reverse
+    step begins."""
+    f, g = sde.drift_diffusion(x, t)
+    return f * dt, g * math.sqrt(dt)
 
 
 class SubVP(VP):
     """The sub-VP SDE: VP's mean with a variance below VP's. Ancestral sampling is not defined."""
 
-    ancestral = None
+    ancestral, discretize = None, euler_maruyama
 
     def drift_diffusion(self, x, t):
         f, g = super().drift_diffusion(x, t)
@@ -163,9 +161,6 @@ class SubVP(VP):
     def marginal(self, x_0, t):
         mean, std = super().marginal(x_0, t)
         return mean, std**2  # Eq. (34)
-
-    def discretize(self, x, t, dt):
-        return euler_maruyama(self, x, t, dt)
 
 
 def precision(device):
@@ -178,30 +173,33 @@ def expand(a, x):
     return a.to(x.dtype).view(-1, *[1] * (x.dim() - 1))
 
 
-def gaussian_logp(z, std):
-    """log N(z; 0, std^2 I) of each z (B, ...), (B,) in nats."""
-    z = z.flatten(1) / std
-    return -0.5 * z.square().sum(1) - z.shape[1] * math.log(std * math.sqrt(2 * math.pi))
-
-
-def score_model(net, sde, T=None):
-    """s_theta(x, t) from a network that predicts the noise of images in [-1, 1] and takes 999 t for
-    its time. T: a network of ddpm.py with T steps, which counts them from 0, takes T t - 1."""
+def score_model(net, sde, T=None, log_sigma=False):
+    """s_theta(x, t) from a network of images in [-1, 1] and a time. It predicts the noise and takes
+    999 t; with T, one of ddpm.py with T steps, T t - 1. log_sigma: NCSN++ takes log sigma(t), and
+    its output / sigma(t) is the score (App. H)."""
     low, high = sde.data_range
 
     def score(x, t):
-        eps = net(2 * (x - low) / (high - low) - 1, T * t - 1 if T else 999 * t)
-        return -eps / expand(sde.marginal(x, t)[1], x)
+        std, centred = sde.marginal(x, t)[1], 2 * (x - low) / (high - low) - 1
+        if log_sigma:
+            return net(centred, std.log()) / expand(std, x)
+        return -net(centred, T * t - 1 if T else 999 * t) / expand(std, x)
 
     return score
 
 
 def ddpm_process(T, beta_1, beta_T):
-    """The VP SDE whose discretisation in T steps DDPM is: its first step, where sampling and
-    likelihood end, is t = 1 / T (App. B)."""
+    """The VP SDE that DDPM discretises in T steps. Its first step, t = 1 / T, is where sampling
+    and likelihood end (App. B)."""
     sde = VP(T * beta_1, T * beta_T)
     sde.eps = 1 / T
     return sde
+
+
+def perturb(x_0, t, sde):
+    """x(t) of x_0 (B, ...), drawn from p(x(t) | x_0); t (B,)."""
+    mean, std = sde.marginal(x_0, t)
+    return mean + expand(std, x_0) * torch.randn_like(x_0)
 
 
 def dsm_loss(score, x_0, sde, t_min=1e-5):
@@ -214,45 +212,31 @@ def dsm_loss(score, x_0, sde, t_min=1e-5):
     return (expand(std, x_0) * s + z).square().mean()  # Eq. (7)
 
 
-# Predictor-corrector samplers, Sec. 4.2
-
 PREDICTORS = ("euler_maruyama", "reverse_diffusion", "ancestral", "probability_flow", "none")
 CORRECTORS = ("none", "langevin", "ald")
-
-
-def euler_maruyama(sde, x, t, dt):
-    """f like x and G (B,) of the Euler-Maruyama step x(t) = x(t - dt) + f + G z. Both are evaluated
-    at t, because the reverse step goes from t to t - dt."""
-    f, g = sde.drift_diffusion(x, t)
-    return f * dt, g * math.sqrt(dt)
 
 
 def predict(score, sde, x, t, dt, predictor):
     """One step of the reverse SDE, from x at t to t - dt."""
     s = score(x, t.to(x.dtype))
+    euler = predictor == "euler_maruyama"
+    f, G = euler_maruyama(sde, x, t, dt) if euler else sde.discretize(x, t, dt)
+    if predictor == "probability_flow":
+        return x - f + 0.5 * expand(G**2, x) * s  # Eq. (43), (44)
+    mean, std = x - f + expand(G**2, x) * s, G  # Eq. (46), of Eq. (6)
     if predictor == "ancestral":
         mean, std = sde.ancestral(x, s, t, dt)
-    else:
-        if predictor == "euler_maruyama":
-            f, G = euler_maruyama(sde, x, t, dt)
-        else:
-            f, G = sde.discretize(x, t, dt)
-        if predictor == "probability_flow":
-            return x - f + 0.5 * expand(G**2, x) * s  # Eq. (43), (44)
-        mean, std = x - f + expand(G**2, x) * s, G  # Eq. (46), of Eq. (6)
     return mean + expand(std, x) * torch.randn_like(x)
 
 
 def correct(score, sde, x, t, dt, corrector, snr):
-    """One step of Langevin dynamics at t. "langevin" takes its step size from the norms of noise
-    and score, averaged over the batch (App. G); "ald", the released code's annealed Langevin
-    dynamics, from the deviation of the noise."""
-    z, g = torch.randn_like(x), score(x, t.to(x.dtype))
+    """One step of Langevin dynamics at t. "langevin": its size is that of the batch's mean norms of
+    noise and score (App. G); "ald", as released: of the deviation of the noise."""
+    z, g, size = torch.randn_like(x), score(x, t.to(x.dtype)), sde.marginal(x, t)[1]
     if corrector == "langevin":
         size = z.flatten(1).norm(dim=1).mean() / g.flatten(1).norm(dim=1).mean()
-    else:
-        size = sde.marginal(x, t)[1]
-    step = 2 * sde.alpha(t, dt) * (snr * size) ** 2  # Alg. 4, 5, line 6
+    alpha = 1 - sde.beta(t) * dt  # as released
+    step = 2 * alpha * (snr * size) ** 2  # Alg. 4, 5, line 6
     return x + expand(step, x) * g + expand((2 * step).sqrt(), x) * z  # Alg. 4, 5, line 7
 
 
@@ -264,17 +248,16 @@ def posterior_mean(score, sde, x, t):
 
 def check_sampler(sde, N, predictor, corrector):
     """ValueError for a sampler that is unknown, or that the paper does not define."""
-    if predictor not in PREDICTORS:
-        raise ValueError(f"predictor is {predictor!r}, not one of {', '.join(PREDICTORS)}")
-    if corrector not in CORRECTORS:
-        raise ValueError(f"corrector is {corrector!r}, not one of {', '.join(CORRECTORS)}")
+    if predictor not in PREDICTORS or corrector not in CORRECTORS:
+        raise ValueError(f"predictor {predictor!r} is not one of {', '.join(PREDICTORS)}, or "
+                         f"corrector {corrector!r} is not one of {', '.join(CORRECTORS)}")
     if predictor == corrector == "none":
         raise ValueError("neither a predictor nor a corrector: nothing would move")
     if predictor == "ancestral" and sde.ancestral is None:
         raise ValueError("ancestral sampling is not defined for the sub-VP SDE")
     euler = predictor == "euler_maruyama" or isinstance(sde, SubVP)
     free = euler and corrector == "none"  # these never use 1 - beta_i, which must be positive
-    if N < 1 or not free and sde.alpha(1.0, 1 / N) <= 0:
+    if N < 1 or not free and sde.beta(1.0) >= N:
         raise ValueError(f"N = {N} steps are too few: beta(1) / N is not below 1")
 
 
@@ -284,8 +267,8 @@ def pc_sample(score, sde, x_T, N=1000, predictor="reverse_diffusion", corrector=
     """Alg. 1: x_T ~ sde.prior -> x_0, like x_T.
 
     N (1 + corrector_steps) evaluations of the score, without those of a "none", and one to denoise.
-    predictor, corrector: as of check_sampler. constrain(x, t): what x becomes, at the start and
-    after every step. record: a list that gets x at the steps of record_steps, from N down, and x_0.
+    constrain(x, t): what x becomes, at the start and after every step. record: a list that gets x
+    at the steps of record_steps, from N down, and x_0. ValueError: see check_sampler.
     """
     check_sampler(sde, N, predictor, corrector)
     dt = (1 - sde.eps) / N
@@ -297,12 +280,12 @@ def pc_sample(score, sde, x_T, N=1000, predictor="reverse_diffusion", corrector=
     for i in range(N, 0, -1):  # Alg. 1, line 2; i is the paper's i + 1
         if i in recorded:
             record.append(x)
+        t, t_next = times[i], times[i - 1]
         if predictor != "none":
-            x = predict(score, sde, x, times[i], dt, predictor)  # Alg. 1, line 3
-            x = constrain(x, times[i - 1])
+            x = constrain(predict(score, sde, x, t, dt, predictor), t_next)  # Alg. 1, line 3
         for _ in range(corrector_steps if corrector != "none" else 0):
-            x = correct(score, sde, x, times[i - 1], dt, corrector, snr)  # Alg. 1, line 5
-            x = constrain(x, times[i - 1])
+            x = correct(score, sde, x, t_next, dt, corrector, snr)  # Alg. 1, line 5
+            x = constrain(x, t_next)
     if denoise:
         x = posterior_mean(score, sde, x, times[0])
     if record is not None:
@@ -315,10 +298,8 @@ def record_steps(T):
     return sorted({math.ceil(T * k / 15) for k in range(1, 16)})
 
 
-# The probability flow ODE, Sec. 4.3
-
 def probability_flow(score, sde, dtype):
-    """drift(x, t) of the ODE whose x(t) has the SDE's densities; score takes this dtype."""
+    """drift(x, t) of the ODE whose x(t) has the densities of the SDE; score takes this dtype."""
 
     def drift(x, t):
         f, g = sde.drift_diffusion(x, t)
@@ -330,22 +311,17 @@ def probability_flow(score, sde, dtype):
 
 @torch.no_grad()
 def ode_sample(score, sde, x_T, rtol=1e-5, atol=1e-5, record=None):
-    """x_T ~ sde.prior -> x at sde.eps, like x_T, and the evaluations of the score.
-
-    record: a list that gets x at 16 even times from 1 to sde.eps; to stop there costs evaluations.
-    """
-    drift, evaluations = probability_flow(score, sde, x_T.dtype), 0
-    x = x_T.to(precision(x_T.device))
-    times = [1.0, sde.eps]
-    if record is not None:
-        times = torch.linspace(1, sde.eps, 16, dtype=torch.float64).tolist()
-        record.append(x_T)
-    for t, t_next in zip(times, times[1:], strict=False):
+    """x_T ~ sde.prior -> x at sde.eps, like x_T, and the evaluations of the score. record: a list
+    that gets x at 16 even times from 1 to sde.eps, which costs evaluations."""
+    drift, evaluations, states = probability_flow(score, sde, x_T.dtype), 0, [x_T]
+    x, stops = x_T.to(precision(x_T.device)), 2 if record is None else 16
+    for t, t_next in pairwise(torch.linspace(1, sde.eps, stops, dtype=torch.float64).tolist()):
         x, more = dormand_prince(drift, x, t, t_next, rtol, atol)
         evaluations += more
-        if record is not None:
-            record.append(x.to(x_T.dtype))
-    return x.to(x_T.dtype), evaluations
+        states.append(x.to(x_T.dtype))
+    if record is not None:
+        record += states
+    return states[-1], evaluations
 
 
 @torch.no_grad()
@@ -358,11 +334,9 @@ def ode_encode(score, sde, x_0, rtol=1e-5, atol=1e-5):
 
 @torch.no_grad()
 def log_likelihood(score, sde, x_0, rtol=1e-5, atol=1e-5, probe="rademacher", t_min=1e-5):
-    """log p(x_0) in nats, (B,), by the ODE's density at t_min of x_0 (B, ...).
-
-    probe: "rademacher" or "gaussian" noise for Hutchinson's estimate of the divergence, one draw
-    for the whole path; "exact": the full trace, as many back-propagations as x_0 has dimensions.
-    """
+    """log p(x_0) in nats, (B,), by the ODE's density at t_min of x_0 (B, ...). probe: "rademacher"
+    or "gaussian" noise for Hutchinson's estimate of the divergence, one draw for the whole path;
+    "exact": its trace, one back-propagation for each dimension of x_0."""
     if probe == "rademacher":
         probes = torch.randint(0, 2, (1, *x_0.shape), device=x_0.device) * 2.0 - 1
     elif probe == "gaussian":
@@ -396,21 +370,18 @@ def dequantize(images, sde):
 
 
 def bits_per_dim(score, sde, images, rtol=1e-5, atol=1e-5, probe="rademacher", t_min=1e-5):
-    """-log2 p of uint8 images (B, ...) per dimension, (B,): the density of dequantised levels, the
-    same number whatever range the data is scaled to."""
+    """-log2 p of uint8 images (B, ...) per dimension, (B,): the density of dequantised levels."""
     (low, high), x_0 = sde.data_range, dequantize(images, sde)
     nats = log_likelihood(score, sde, x_0, rtol, atol, probe, t_min)
     return -nats / (x_0[0].numel() * math.log(2)) + math.log2(256 / (high - low))
 
 
 def slerp_orthogonal(z, z_prime, fraction):
-    """Spherical interpolation of codes, like z: z at fraction 0, z_prime at 1. Two codes are nearly
+    """Spherical interpolation of codes from z to z_prime, like both. Two codes are nearly
     orthogonal and of one length, so that the angle between them is taken for pi / 2 (Fig. 6)."""
     angle = fraction * math.pi / 2
     return math.cos(angle) * z + math.sin(angle) * z_prime
 
-
-# The solver of the ODE
 
 STAGES = (  # Dormand, Prince 1980: time of a stage, and the weights of the slopes before it
     (1 / 5, (1 / 5,)),
@@ -424,11 +395,9 @@ ERROR = (71 / 57600, 0, -71 / 16695, 71 / 1920, -17253 / 339200, 22 / 525, -1 / 
 
 
 def dormand_prince(slope, y, t_0, t_1, rtol, atol, max_steps=2000):
-    """Solve dy/dt = slope(y, t) from t_0 to t_1 -> y at t_1, and the evaluations of slope.
-
-    y (B, ...), t (B,). Every row has a step size of its own, such that the root mean square of
-    error / (atol + rtol |y|) stays below 1. ValueError where no step size achieves that.
-    """
+    """Solve dy/dt = slope(y, t) from t_0 to t_1 -> y at t_1, and the evaluations of slope; y
+    (B, ...), t (B,). Every row has a step size of its own, such that the root mean square of
+    error / (atol + rtol |y|) stays below 1. ValueError where no step size achieves that."""
     t = y.new_full((len(y),), t_0)
     h, end = torch.full_like(t, (t_1 - t_0) / 100), torch.full_like(t, t_1)
     slopes, evaluations = [slope(y, t)], 1
@@ -448,17 +417,12 @@ def dormand_prince(slope, y, t_0, t_1, rtol, atol, max_steps=2000):
         y, t = torch.where(rows, y_new, y), torch.where(accept, torch.where(last, end, t + h), t)
         slopes = [torch.where(rows, slopes[-1], slopes[0])]  # the last is the next step's first
         h = h * (0.9 * norm**-0.2).clamp(0.2, 10).nan_to_num(0.2)  # the usual rule for order 5
-        under_way = t != end
-        if not under_way.any():
+        if (t == end).all():
             return y, evaluations
-        if (under_way & (h.abs() < 1e-12 * abs(t_1 - t_0))).any():
+        if ((t != end) & (h.abs() < 1e-12 * abs(t_1 - t_0))).any():
             break
-    where = t[under_way][0].item()
-    raise ValueError(f"the ODE solver gave up at t = {where:.3g}: the slope is not finite, or too "
-                     f"stiff for the tolerances {rtol:g}, {atol:g}")
-
-
-# Control without retraining, App. I
+    raise ValueError(f"the ODE solver gave up at t = {t[t != end][0].item():.3g}: the slope is not "
+                     f"finite, or too stiff for the tolerances {rtol:g}, {atol:g}")
 
 
 def guided_score(score, log_prob, scale=1.0):
@@ -482,38 +446,30 @@ def classifier_model(net, sde):
 
 def class_log_prob(classifier, labels):
     """log_prob(x, t) -> (B,): log p(y | x(t)) of each image's label y in labels (B,)."""
-
-    def log_prob(x, t):
-        return classifier(x, t).log_softmax(1).gather(1, labels[:, None])[:, 0]
-
-    return log_prob
+    y = labels[:, None]
+    return lambda x, t: classifier(x, t).log_softmax(1).gather(1, y)[:, 0]
 
 
 def classifier_loss(classifier, x_0, labels, sde, t_min=1e-5):
-    """Cross entropy in nats of classifier(x, t) -> logits (B, K), at times t ~ U[t_min, 1]. Its
-    weight is the same at every t."""
+    """Cross entropy in nats of classifier(x, t) -> logits (B, K), mean over t ~ U[t_min, 1]."""
     t = t_min + (1 - t_min) * torch.rand(len(x_0), device=x_0.device)
-    mean, std = sde.marginal(x_0, t)
-    x = mean + expand(std, x_0) * torch.randn_like(x_0)
-    return torch.nn.functional.cross_entropy(classifier(x, t), labels)  # App. I.1
+    logits = classifier(perturb(x_0, t, sde), t)
+    return torch.nn.functional.cross_entropy(logits, labels)  # App. I.1
 
 
 def inpaint(score, sde, x, mask, x_T, **options):
     """Images like x (B, ...) with x's pixels where mask, 0 or 1, is 1. options: pc_sample's."""
 
-    def constrain(x_t, t):  # the known pixels are drawn anew from p(x(t) | x)
-        mean, std = sde.marginal(x, t)
-        return x_t * (1 - mask) + (mean + expand(std, x) * torch.randn_like(x)) * mask  # App. I.2
+    def constrain(x_t, t):  # the known pixels are drawn anew
+        return x_t * (1 - mask) + perturb(x, t, sde) * mask  # App. I.2
 
     return pc_sample(score, sde, x_T, constrain=constrain, **options) * (1 - mask) + x * mask
 
 
 def colorize(score, sde, gray, x_T, **options):
     """Images like x_T (B, 3, H, W) whose channels' mean is gray (B, 1, H, W). options: pc_sample's.
-
     The paper turns the channels by an orthogonal matrix, whose first row is (1, 1, 1) / sqrt(3),
-    and inpaints with the first of them known. Turned back, its noise is the same in all channels.
-    """
+    and inpaints with the first one known. Turned back, its noise is the same in all channels."""
 
     def constrain(x_t, t):
         mean, std = sde.marginal(gray, t)
@@ -522,9 +478,6 @@ def colorize(score, sde, gray, x_T, **options):
 
     x_0 = pc_sample(score, sde, x_T, constrain=constrain, **options)
     return x_0 - x_0.mean(1, keepdim=True) + gray
-
-
-# From NCSNv2 (Song, Ermon 2020), as the paper takes it over in App. C
 
 
 @torch.no_grad()
@@ -543,14 +496,12 @@ SETTINGS = dict(  # CIFAR-10, with sources; every key is a flag
     attention_resolutions=(16,), dropout=0.1, warmup=5000, grad_clip=1.0,  # released code
     lr_decay=0.0, num_samples=100, sample_batch_size=256, log_every=100, save_every=5000,  # ours
     sde=(("vp", "ve", "subvp"), "which SDE (Sec. 3.4)"),
-    beta_min=(0.1, "beta(0) of VP and sub-VP (App. C)"),
-    beta_max=(20.0, "beta(1) of VP and sub-VP (App. C)"),
-    sigma_min=(0.01, "sigma(0) of VE, in units of [0, 1] (App. C)"),
+    beta_min=(0.1, "beta(0) of VP and sub-VP"), beta_max=(20.0, "their beta(1)"),  # App. C
+    sigma_min=(0.01, "sigma(0) of VE, in units of [0, 1]"),
     sigma_max=(50.0, "sigma(1) of VE, 0: measured (App. C)"),
     predictor=((*PREDICTORS, "ode"), "of each step (Table 1); ode: the probability flow ODE"),
     corrector=(("langevin", "ald", "none"), "after each step; ald: annealed Langevin dynamics"),
-    num_steps=(1000, "N, steps of the predictor (Table 1)"),
-    corrector_steps=(1, "M, steps of the corrector after each (Table 1)"),
+    num_steps=(1000, "N, predictor steps"), corrector_steps=(1, "M, corrector steps"),  # Table 1
     snr=(0.01, "r, the corrector's signal-to-noise ratio (Table 5)"),
     control_snr=(0.16, "r of tasks inpaint, colorize and class (Table 5, VE)"),
     tolerance=(1e-5, "absolute and relative, of the ODE (App. D.2)"),
@@ -559,15 +510,16 @@ SETTINGS = dict(  # CIFAR-10, with sources; every key is a flag
     classifier_steps=(100_000, "training steps of the classifier (ours)"),
     dequantize=(False, "train on (v + u) / 256, u uniform, as bits/dim are measured (ours)"),
     num_test=(64, "test images whose bits/dim are measured"),
+    network=(("auto", "unet", "ddpm++", "ncsn++"), "auto: DDPM's unet, but App. H's on cifar10"),
+    deep=(False, "ddpm++ and ncsn++: 8 residual blocks a level (App. H)"),
 )
 MNIST = dict(
-    sigma_max=0.0, image_size=(28, 28), channels=64, channel_mult=(1, 2, 2),
-    attention_resolutions=(14,), dequantize=True, steps=50_000, warmup=1000, flip=False,
-    classifier_steps=5000,
+    sigma_max=0.0, image_size=(28, 28), channels=64, channel_mult=(1, 2, 2), dequantize=True,
+    attention_resolutions=(14,), steps=50_000, warmup=1000, flip=False, classifier_steps=5000,
 )
 PRESETS = {  # changes to SETTINGS
-    "cifar10": {}, "folder": dict(sigma_max=0.0, flip=False), "mnist": MNIST,
-    "fashion_mnist": MNIST,
+    "cifar10": {}, "mnist": MNIST, "fashion_mnist": MNIST,
+    "folder": dict(sigma_max=0.0, flip=False),
     "digits": dict(  # not in the paper: sized for minutes on a laptop
         sigma_max=0.0, num_steps=400, corrector_steps=2, snr=0.35, control_snr=0.25,
         image_size=(16, 16), channels=16, channel_mult=(1, 2, 4), num_res_blocks=1,
@@ -577,13 +529,18 @@ PRESETS = {  # changes to SETTINGS
     ),
 }
 PROCESS = ("sde", "beta_min", "beta_max", "sigma_min", "sigma_max")
+NETWORKS = {"auto": UNet, "unet": UNet, "ddpm++": ddpm_plus_plus, "ncsn++": ncsn_plus_plus}
 
 
 def preset(args):
-    changes = PRESETS.get(args.dataset, PRESETS["folder"])
+    changes, network = dict(PRESETS.get(args.dataset, PRESETS["folder"])), args.network
     if args.sde == "ve":  # H.1; Table 5
-        changes = changes | dict(predictor="reverse_diffusion", snr=0.16, ema_decay=0.999)
-    return changes
+        changes |= dict(predictor="reverse_diffusion", snr=0.16, ema_decay=0.999)
+    if network == "auto" and args.dataset == "cifar10":  # App. H; Tables 2, 3
+        network = "ncsn++" if args.sde == "ve" else "ddpm++"
+    if network in ("ddpm++", "ncsn++") and (args.deep or args.dataset == "cifar10"):
+        changes |= dict(num_res_blocks=8 if args.deep else 4)
+    return changes | dict(network="unet" if network == "auto" else network)
 
 
 def to_float(run, images):
@@ -604,58 +561,50 @@ def prior(run, n):
     return run.process.prior((n, run.image_channels, *run.image_size), run.device)
 
 
-def by_ode(run, x_T):
-    x, _ = ode_sample(run.score, run.process, x_T, run.tolerance, run.tolerance)
+def draw(run, x_T, chain, record=None):
+    """x_T -> uint8 images by the steps of chain, or by the ODE if its predictor is "ode"."""
+    run.calls, tolerances = 0, (run.tolerance, run.tolerance)
+    if chain["predictor"] != "ode":
+        return to_uint8(run, pc_sample(run.score, run.process, x_T, **chain, record=record))
+    run.bf16 = False
+    if record is not None:  # its stops are not evaluations of the samples
+        ode_sample(run.score, run.process, x_T[:8], *tolerances, record)
+        run.calls = 0
+    x, _ = ode_sample(run.score, run.process, x_T, *tolerances)
     if run.of_ddpm:  # denoised like the last step of its own chain: at t = 1 / T noise is visible
         x = posterior_mean(run.score, run.process, x, x.new_full((len(x),), run.process.eps))
-    return x
+    return to_uint8(run, x)
 
 
 def sample(run):
     """Samples; process.png: a test image at the recorded times, then eight samples."""
-    ode, N = run.predictor == "ode", 15 if run.predictor == "ode" else run.num_steps
-    run.bf16 = run.bf16 and not ode
-
-    def draw(first, n, record):
-        x_T, run.calls = prior(run, n), 0
-        if not ode:
-            return to_uint8(run, pc_sample(run.score, run.process, x_T, **run.chain, record=record))
-        if record is not None:  # its stops are not evaluations of the samples
-            tolerance = run.tolerance
-            ode_sample(run.score, run.process, x_T[:8], tolerance, tolerance, record)
-            run.calls = 0
-        return to_uint8(run, by_ode(run, x_T))
-
-    images, record = save_images(draw, run)
+    ode, chain = run.predictor == "ode", run.chain
+    images, record = save_images(lambda _, n, record: draw(run, prior(run, n), chain, record), run)
     save_grid(images, run.out / "samples.png", columns=10)
     if record:
-        rows = [*torch.stack(record, dim=1)[:8]]
+        rows, N = [*torch.stack(record, dim=1)[:8]], 15 if ode else run.num_steps
         if run.test is not None:
             steps = torch.tensor([0, *record_steps(N)], device=run.device)
             t = run.process.eps + (1 - run.process.eps) * steps / N
             x_0 = to_float(run, run.test[:1]).expand(len(t), -1, -1, -1)
-            mean, std = run.process.marginal(x_0, t)
-            rows.insert(0, mean + expand(std, mean) * torch.randn_like(mean))
+            rows.insert(0, perturb(x_0, t, run.process))
         save_grid(to_uint8(run, torch.cat(rows)), run.out / "process.png", columns=len(record))
-    how = {"predictor": "ode", "tolerance": run.tolerance} if ode else run.chain
+    how = {"predictor": "ode", "tolerance": run.tolerance} if ode else chain
     return {"n": run.num_samples, "sde": run.sde, **how, "evaluations": run.calls}
 
 
 def samplers(run):
     """Table 1 as pictures: the same x_T through every sampler."""
     x_T, rows, table = prior(run, 10), [], []
-    for predictor, corrector in [*run.pairs, ("ode", "none")]:
+    pairs = [(p, c) for p in PREDICTORS for c in CORRECTORS if not p == c == "none"
+             and (run.process.ancestral or p != "ancestral")]  # those that are defined
+    for predictor, corrector in [*pairs, ("ode", "none")]:
         seed_all(run.seed, "noise")  # the same in each row
-        run.calls, start = 0, time.time()
-        options = run.chain | {"predictor": predictor, "corrector": corrector}
+        start, chain = time.time(), run.chain | {"predictor": predictor, "corrector": corrector}
         if predictor == "none":  # Table 1, C2000, and Table 5
-            options |= {"corrector_steps": 2, "snr": 0.22 if run.sde == "ve" else 0.27}
-        if predictor == "ode":
-            run.bf16, x_0 = False, by_ode(run, x_T)
-        else:
-            x_0 = pc_sample(run.score, run.process, x_T, **options)
-        rows.append(to_uint8(run, x_0))
-        table.append(options | {"evaluations": run.calls, "seconds": round(time.time() - start, 1)})
+            chain |= {"corrector_steps": 2, "snr": 0.22 if run.sde == "ve" else 0.27}
+        rows.append(draw(run, x_T, chain))
+        table.append(chain | {"evaluations": run.calls, "seconds": round(time.time() - start, 1)})
         line = "{predictor}, {corrector}: {evaluations} evaluations"
         report(f"{line}, {{seconds}} s".format(**table[-1]))
     labels = [line.format(**row) for row in table]
@@ -664,33 +613,36 @@ def samplers(run):
 
 
 def bpd(run):
-    run.bf16, run.calls, bits = False, 0, []
-    for images in run.test[: run.num_test].split(run.sample_batch_size):
-        bits.append(bits_per_dim(run.score, run.process, images, run.tolerance, run.tolerance,
-                                 t_min=run.t_min))
-    bits = torch.cat(bits).cpu()
+    run.bf16, run.calls, tolerances = False, 0, (run.tolerance, run.tolerance)
+    parts = run.test[: run.num_test].split(run.sample_batch_size)
+    bits = torch.cat([bits_per_dim(run.score, run.process, images, *tolerances, t_min=run.t_min)
+                      for images in parts]).cpu()
     mean, error = bits.mean().item(), bits.std().item() / math.sqrt(len(bits))
     report(f"test bits/dim {mean:.4f} +- {error:.4f}: density of the ODE at t = {run.t_min:g}, "
            f"images uniformly dequantised; n = {len(bits)}")
     return {"n": len(bits), "split": "test", "bits_per_dim": mean, "standard_error": error,
             "is": "density of the ODE at t_min, not a bound; images uniformly dequantised; one "
-            "Rademacher probe each", "t_min": run.t_min, "evaluations": run.calls,
-            "sde": run.sde, "tolerance": run.tolerance}
+            "Rademacher probe each", "t_min": run.t_min, "evaluations": run.calls, "sde": run.sde,
+            "tolerance": run.tolerance}
+
+
+def save_rows(run, columns, name):
+    """A picture whose columns are these images, (n, C, H, W) each."""
+    rows = torch.stack(columns, dim=1)
+    save_grid(to_uint8(run, rows.flatten(0, 1)), run.out / name, columns=len(columns))
 
 
 def interpolate(run):
     """Test images between which the codes of the ODE are mixed (Fig. 6)."""
-    run.bf16, run.calls, tolerances = False, 0, (run.tolerance, run.tolerance)
+    run.bf16, tolerances = False, (run.tolerance, run.tolerance)
     x_0 = to_float(run, run.test[: min(16, len(run.test)) // 2 * 2])
     z, z_prime = ode_encode(run.score, run.process, x_0, *tolerances)[0].chunk(2)
-    mixed = torch.stack([slerp_orthogonal(z, z_prime, k / 10) for k in range(11)], dim=1)
-    parts = mixed.flatten(0, 1).split(run.sample_batch_size)  # of (8 * 11, C, H, W)
+    mixed = torch.cat([slerp_orthogonal(z, z_prime, k / 10) for k in range(11)])
+    parts = mixed.split(run.sample_batch_size)  # of (11 * 8, C, H, W)
     x = [ode_sample(run.score, run.process, part, *tolerances)[0] for part in parts]
-    x = torch.cat(x).view_as(mixed)
-    left, right = x_0[:, None].chunk(2)
-    rows = torch.cat([left, x, right], dim=1)  # (8, 13, C, H, W)
-    save_grid(to_uint8(run, rows.flatten(0, 1)), run.out / "interpolation.png", columns=13)
-    error = (torch.cat([x[:, 0], x[:, -1]]) - x_0).abs().max().item()
+    x, (left, right) = torch.cat(x).chunk(11), x_0.chunk(2)
+    save_rows(run, [left, *x, right], "interpolation.png")
+    error = (torch.cat([x[0], x[-1]]) - x_0).abs().max().item()
     report(f"decoded codes differ from their images by at most {error:.1e}")
     return {"n": len(z), "split": "test", "largest_error": error, "evaluations": run.calls,
             "sde": run.sde, "tolerance": run.tolerance}
@@ -698,33 +650,30 @@ def interpolate(run):
 
 def inpainting(run):
     """Fig. 5: test images without their left half, right half or centre, six completions each."""
-    x, (H, W), rows, run.calls = to_float(run, run.test[:4]), run.image_size, [], 0
+    x, (H, W), parts = to_float(run, run.test[:4]), run.image_size, []
     grey, masks = sum(run.process.data_range) / 2, x.new_ones(3, 1, 1, H, W)
     masks[0, ..., : W // 2] = masks[1, ..., W // 2 :] = 0
     masks[2, ..., H // 4 : H - H // 4, W // 4 : W - W // 4] = 0
+    six = x.repeat(6, 1, 1, 1)
     for mask in masks:
-        six = x.repeat(6, 1, 1, 1)
         filled = inpaint(run.score, run.process, six, mask, prior(run, len(six)), **run.chain)
-        parts = [x * mask + grey * (1 - mask), *filled.chunk(6), x]
-        rows.append(torch.stack(parts, dim=1).flatten(0, 1))  # image by image
-    save_grid(to_uint8(run, torch.cat(rows)), run.out / "inpainting.png", columns=8)
+        parts.append([x * mask + grey * (1 - mask), *filled.chunk(6), x])
+    save_rows(run, [torch.cat(column) for column in zip(*parts, strict=True)], "inpainting.png")
     return {"n": len(x), "split": "test", "completions": 6, **run.chain, "evaluations": run.calls}
 
 
 def colorization(run):
     """Fig. 5: grey test images, six colourings each."""
-    x, run.calls = to_float(run, run.test[:8]), 0
+    x = to_float(run, run.test[:8])
     gray = x.mean(1, keepdim=True)
     six = gray.repeat(6, 1, 1, 1)
     colored = colorize(run.score, run.process, six, prior(run, len(six)), **run.chain)
-    rows = torch.stack([gray.expand_as(x), *colored.chunk(6), x], dim=1)  # image by image
-    save_grid(to_uint8(run, rows.flatten(0, 1)), run.out / "colorization.png", columns=8)
+    save_rows(run, [gray.expand_as(x), *colored.chunk(6), x], "colorization.png")
     return {"n": len(x), "split": "test", "completions": 6, **run.chain, "evaluations": run.calls}
 
 
 class Classifier(UNet):
-    """The U-Net's way down and its middle, then the mean over the pixels: a classifier that knows
-    the noise. forward(x (B, C, H, W), t (B,)) -> (B, classes), logits."""
+    """The U-Net's way down and middle. forward(x (B, C, H, W), t (B,)) -> logits (B, classes)."""
 
     def __init__(self, in_channels, classes, *shape):
         super().__init__(in_channels, classes, *shape)
@@ -743,11 +692,12 @@ class Classifier(UNet):
 def train_classifier(run):
     """The classifier of --classifier, or the one of OUT/classifier.pt, which is trained first."""
     if run.unlabelled or len(run.classes) < 2:
-        what = run.unlabelled[0] if run.unlabelled else run.dataset
-        raise ValueError(f"{what} has no class: classes are folders, at least two of them")
+        raise ValueError(f"{[*run.unlabelled, run.dataset][0]} has no class: classes are folders, "
+                         "at least two of them")
     path = Path(run.classifier or run.out / "classifier.pt")
-    job = SimpleNamespace(**vars(run) | dict(steps=run.classifier_steps, file="classifier.pt"))
-    job.checkpoint, job.resume, job.loaded = run.classifier, path.exists(), None
+    job = SimpleNamespace(**vars(run) | dict(
+        steps=run.classifier_steps, file=path.name, checkpoint=run.classifier, loaded=None,
+        resume=path.exists()))
     if path.exists() or run.classifier:
         job.loaded = load_checkpoint(path, (SCRIPT,))
         for key in (*PROCESS, *NETWORK, "classes"):
@@ -767,19 +717,18 @@ def class_conditional(run):
     classify, K, table = train_classifier(run), len(run.classes), []
     x_0, labels = to_float(run, run.test[:1000]), run.test_labels[:1000]
     for t in (1e-5, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7):
-        mean, std = run.process.marginal(x_0, x_0.new_full((len(x_0),), t))
-        noisy = (mean + expand(std, x_0) * torch.randn_like(x_0)).split(run.sample_batch_size)
-        guess = torch.cat([classify(x, x.new_full((len(x),), t)) for x in noisy]).argmax(1)
-        table.append((t, (guess == labels).float().mean().item()))
+        x_t = perturb(x_0, x_0.new_full((len(x_0),), t), run.process)
+        logits = [classify(x, x.new_full((len(x),), t)) for x in x_t.split(run.sample_batch_size)]
+        table.append((t, (torch.cat(logits).argmax(1) == labels).float().mean().item()))
         report("t = {:g}: accuracy {:.3f}".format(*table[-1]))
     run.num_samples = K * math.ceil(run.num_samples / K)  # as many of each
 
-    def draw(first, n, record):  # image i is of class i mod K
+    def draw_classes(first, n, record):  # image i is of class i mod K
         run.calls, wanted = 0, (first + torch.arange(n, device=run.device)) % K
         guided = guided_score(run.score, class_log_prob(classify, wanted), run.guidance)
         return to_uint8(run, pc_sample(guided, run.process, prior(run, n), **run.chain))
 
-    first, _ = save_images(draw, run)
+    first, _ = save_images(draw_classes, run)
     columns = max(1, len(first) // K)
     rows = [first[k::K][:columns] for k in range(min(K, len(first)))]
     save_grid(torch.cat(rows), run.out / "classes.png", columns, run.classes[: len(rows)])
@@ -792,7 +741,10 @@ TASKS = {"sample": sample, "samplers": samplers, "bpd": bpd, "interpolate": inte
 
 
 def check(run):
-    """ValueError for what does not go together."""
+    """Set run.of_ddpm, a ddpm.py checkpoint's settings, and run.chain, pc_sample's options.
+    ValueError for what does not go together."""
+    run.of_ddpm = run.loaded and run.loaded["method"] == "ddpm" and run.loaded["settings"]
+    run.network = "unet" if run.of_ddpm else run.network
     controls = run.task in ("inpaint", "colorize", "class")
     if run.task == "class" and not run.checkpoint:
         raise ValueError("--task class takes the --checkpoint of a score network")
@@ -812,27 +764,15 @@ def make_process(run):
     if run.sde != "ve":
         return {"vp": VP, "subvp": SubVP}[run.sde](run.beta_min, run.beta_max)
     if not run.sigma_max:  # NCSNv2 takes 10,000 of more than 60,000 images
-        few = torch.randperm(len(run.data[0]))[: 10_000 if len(run.data[0]) > 60_000 else None]
-        run.sigma_max = max_pairwise_distance(run.data[0][few.to(run.data[0].device)]) / 255
+        images = run.data[0]
+        few = torch.randperm(len(images))[: 10_000 if len(images) > 60_000 else None]
+        run.sigma_max = max_pairwise_distance(images[few.to(images.device)]) / 255
     return VE(run.sigma_min, run.sigma_max)
-
-
-def defined_samplers(run):
-    """The pairs of predictor and corrector that the task takes. ValueError for an undefined one."""
-    pairs = [(run.predictor, run.corrector)]
-    if run.task == "samplers":  # all but those that are not defined
-        pairs = [(p, c) for p in PREDICTORS for c in CORRECTORS if not p == c == "none"
-                 and (run.process.ancestral or p != "ancestral")]
-    for predictor, corrector in pairs if run.task not in ("bpd", "interpolate") else ():
-        if predictor != "ode":
-            check_sampler(run.process, run.num_steps, predictor, corrector)
-    return pairs
 
 
 def main(argv=None):
     with one_line_errors():
-        run = read_args(argv, SETTINGS, preset, TASKS, PROCESS, reads=("ddpm",))
-        run.of_ddpm = run.loaded and run.loaded["method"] == "ddpm" and run.loaded["settings"]
+        run = read_args(argv, SETTINGS, preset, TASKS, (*PROCESS, "network"), reads=("ddpm",))
         check(run)
         run.trains = run.trains or run.task == "class" and not run.classifier
         setup(run)
@@ -841,9 +781,15 @@ def main(argv=None):
             raise ValueError("--task colorize takes colour images")
         run.process = make_process(run)
         run.t_min = run.process.eps if run.of_ddpm else 1e-5  # of the likelihood (App. C)
-        run.pairs = defined_samplers(run)
-        net = prepare(run, build_unet(run, run.image_channels, run.image_channels))
-        score = score_model(net, run.process, run.of_ddpm and run.of_ddpm["T"])
+        if run.task == "samplers":  # all that are defined
+            check_sampler(run.process, run.num_steps, "reverse_diffusion", "langevin")
+        elif run.task not in ("bpd", "interpolate") and run.predictor != "ode":
+            check_sampler(run.process, run.num_steps, run.predictor, run.corrector)
+        keys = ("channels", "channel_mult", "num_res_blocks", "attention_resolutions", "dropout")
+        shape = {key: getattr(run, key) for key in keys} | {"image_size": max(run.image_size)}
+        net = NETWORKS[run.network](run.image_channels, run.image_channels, **shape)
+        score = score_model(prepare(run, net), run.process, run.of_ddpm and run.of_ddpm["T"],
+                            log_sigma=run.network == "ncsn++")
         run.calls = 0
 
         def counted(x, t):
@@ -862,42 +808,33 @@ def main(argv=None):
 SCRIPT = Path(__file__).stem
 WORLD = int(os.environ.get("WORLD_SIZE", 1))  # processes of torchrun, 1 without it
 RANK, LOCAL_RANK = (int(os.environ.get(k, 0)) * (WORLD > 1) for k in ("RANK", "LOCAL_RANK"))
-TORCHVISION = {"digits": "MNIST", "mnist": "MNIST", "fashion_mnist": "FashionMNIST",
-               "cifar10": "CIFAR10"}  # the digits are in assets, as files of MNIST's format
+TORCHVISION = dict(digits="MNIST", mnist="MNIST", fashion_mnist="FashionMNIST", cifar10="CIFAR10")
+SKIPPED = r"\.|__MACOSX$|Thumbs\.db$"  # files and folders in a folder of images
 IMAGE_TYPES = ".jpg .jpeg .jfif .png .webp .bmp .gif .tif .tiff .ppm .pgm".split()
 COMMON = dict(  # flags of every script beside its settings
-    dataset="digits", data_dir="data", image_channels=0, out="", checkpoint="", resume=False,
-    seed=0, device="auto", compile=False, bf16=False,
+    dataset=("digits", "digits, mnist, fashion_mnist, cifar10 or a folder of images"),
+    data_dir=("data", "where torchvision downloads to"),
+    image_channels=(0, "1 for grey, 3 for colour, 0 for what the images are"),
+    out=("", "run folder, by default runs/SCRIPT-DATASET, or TASK beside the checkpoint"),
+    checkpoint=("", "do not train, take the EMA weights and settings of this file"),
+    resume=(False, "continue the training in the run folder"),
+    seed=(0, "of all random numbers"),
+    device=("auto", "cuda, mps or cpu; auto takes the first there is"),
+    compile=(False, "torch.compile the network"),
+    bf16=(False, "run the network in bfloat16, except where likelihoods are measured"),
 )
-HELP = dict(line.split(": ", 1) for line in """\
-dataset: digits, mnist, fashion_mnist, cifar10 or a folder of images
-data_dir: where torchvision downloads to
-image_channels: 1 for grey, 3 for colour, 0 for what the images are
-out: run folder, by default runs/SCRIPT-DATASET, or TASK beside the checkpoint
-checkpoint: do not train, take the EMA weights and settings of this file
-resume: continue the training in the run folder
-seed: of all random numbers
-device: cuda, mps or cpu; auto takes the first there is
-compile: torch.compile the network
-bf16: run the network in bfloat16, except where likelihoods are measured
-steps: training steps in all
-batch_size: examples a step, of all processes together
-lr: Adam's learning rate
-warmup: steps in which the learning rate rises to --lr
-lr_decay: p, after the warmup the learning rate falls as step^-p
-grad_clip: largest norm of the gradient, 0 for any
-ema_decay: of the averaged weights, 0 for no average
-flip: mirror training images at random
-image_size: pixels, N or H W, other images are resized
-channels: of the network's first level
-channel_mult: U-Net, channels of each level / --channels
-num_res_blocks: U-Net, residual blocks of a level
-attention_resolutions: U-Net, size of the levels with attention
-dropout: rate in the network's blocks
-num_samples: examples to sample
-sample_batch_size: examples sampled or tested at a time
-log_every: steps between two lines of log.jsonl
-save_every: steps between two checkpoints""".splitlines())
+HELP = dict(  # of the settings that all scripts share
+    steps="training steps", batch_size="examples a step, of all processes together",
+    lr="Adam's learning rate", warmup="steps until the rate reaches --lr",
+    lr_decay="p: after the warmup the rate falls as step^-p", image_size="N or H W",
+    grad_clip="largest gradient norm, 0: any", ema_decay="of averaged weights, 0: no average",
+    flip="mirror training images at random",
+    channels="of the U-Net's first level", channel_mult="channels of each level / --channels",
+    num_res_blocks="residual blocks of a level", attention_resolutions="sizes with attention",
+    dropout="rate in the network", num_samples="examples to sample",
+    sample_batch_size="examples sampled or tested at a time",
+    log_every="steps between log lines", save_every="steps between checkpoints",
+)
 NETWORK = ("image_channels", "image_size", "channels", "channel_mult", "num_res_blocks",
            "attention_resolutions")
 MAY_BE_0 = ("image_channels seed warmup lr_decay grad_clip ema_decay dropout hybrid guidance eta "
@@ -906,7 +843,7 @@ ADVICE = {  # for errors of the machine: what their text has in it, and what to 
     "allocate|out of memory|ALLOC_FAILED": "the memory is full: lower --batch-size, "
                                            "--sample-batch-size, --channels or --image-size",
     "[Cc]ompiler": "--compile needs a C++ compiler (g++ or clang): install one or leave it out",
-    "PytorchStreamWriter|unexpected pos": "cannot write the checkpoint: is the disk full?",
+    "PytorchStreamWriter|unexpected pos|Errno 2[78]": "cannot write: is the disk full?",
     "loading state_dict": "the checkpoint's weights do not fit its settings",
 }
 
@@ -928,13 +865,13 @@ def one_line_errors():
         stream.reconfigure(errors="backslashreplace")  # a code page may lack a folder's name
     try:
         yield
-    except (ValueError, OSError) as error:
-        fail(error)
-    except RuntimeError as error:
+    except (ValueError, OSError, RuntimeError) as error:
         for pattern, advice in ADVICE.items():
             if re.search(pattern, str(error)):
                 fail(f"{advice} ({str(error).splitlines()[0]})")
-        raise
+        if isinstance(error, RuntimeError):
+            raise
+        fail(error)
 
 
 def seed_all(*key):
@@ -943,17 +880,15 @@ def seed_all(*key):
 
 
 def read_args(argv, settings, preset, tasks, fixed=(), reads=()):
-    """The arguments as a namespace, `run`: a flag beats the checkpoint's value, which beats
-    preset(arguments), which beats settings, {name: value or (value, help)}. What is `fixed` must
-    agree with the checkpoint; reads: other scripts whose checkpoints will do."""
-    argv = sys.argv[1:] if argv is None else argv
-    show = argparse.ArgumentDefaultsHelpFormatter
-    parser = argparse.ArgumentParser(f"{SCRIPT}.py", None, __doc__.split("\n\n")[0],
-                                     formatter_class=show)
+    """The arguments, `run`: a flag beats the checkpoint's value, which beats preset(arguments),
+    which beats settings, {name: value or (value, help)}. What is `fixed` must agree with the
+    checkpoint; reads: other scripts whose checkpoints will do."""
+    parser = argparse.ArgumentParser(f"{SCRIPT}.py", None, __doc__.split("\n\n")[0], add_help=False,
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.error = fail
     settings = COMMON | {"task": (tuple(tasks), "what to do with the trained network")} | settings
     for key, value in settings.items():
-        value, text = value if key not in HELP else (value, HELP[key])
+        value, text = (value, HELP[key]) if key in HELP else value
         options = {"type": type(value)}
         if isinstance(value, bool):
             options = {"action": argparse.BooleanOptionalAction}
@@ -962,38 +897,37 @@ def read_args(argv, settings, preset, tasks, fixed=(), reads=()):
         elif isinstance(value, tuple):
             options = {"type": int, "nargs": "*" if key == "attention_resolutions" else "+"}
         parser.add_argument(f"--{key.replace('_', '-')}", default=value, help=text, **options)
-    early, _ = parser.parse_known_args([word for word in argv if word not in ("-h", "--help")])
-    out = early.out or f"runs/{SCRIPT}-{Path(early.dataset).resolve().name}"
-    loaded, saved = None, {}
+    early, _ = parser.parse_known_args(argv)
+    out, loaded, saved = f"runs/{SCRIPT}-{Path(early.dataset).resolve().name}", None, {}
+    if early.checkpoint:
+        out = Path(early.checkpoint).parent / early.task
+    out = Path(early.out or out)
     if early.checkpoint or early.resume:
         methods = (SCRIPT,) if early.resume else (SCRIPT, *reads)
-        loaded = load_checkpoint(early.checkpoint or f"{out}/checkpoint.pt", methods)
+        loaded = load_checkpoint(early.checkpoint or out / "checkpoint.pt", methods)
         saved = loaded["settings"]
         if loaded["method"] != SCRIPT:  # take what the network is, not how it samples
-            known = (*NETWORK, *fixed, "dataset", "data_dir", "classes")
-            saved = {key: saved[key] for key in known if key in saved}
+            known = {*NETWORK, *fixed, "dataset", "data_dir", "classes"}
+            saved = {key: saved[key] for key in saved.keys() & known}
         early.dataset = saved["dataset"]
     parser.set_defaults(**{"classes": ()} | preset(early) | saved)
+    parser.add_argument("-h", "--help", action="help", help="show this text, for a --dataset")
     run = parser.parse_args(argv)
     if run.checkpoint and run.resume:
         fail("--resume continues the run folder's own checkpoint: leave out --checkpoint")
-    for key in settings:
-        value = getattr(run, key)
-        value = tuple(value) if isinstance(value, list) else value
-        for x in value if isinstance(value, tuple) else (value,):
-            if type(x) in (int, float) and not 0 < x < math.inf and (x or key not in MAY_BE_0):
-                fail(f"--{key.replace('_', '-')}: {x} is not a positive number")
-        setattr(run, key, value)
     if len(run.image_size) > 2:
         fail("--image-size takes one number, or height and width")
     run.image_size = (run.image_size[0], run.image_size[-1])
-    for key in (*NETWORK, *fixed):
-        if saved.get(key, getattr(run, key)) != getattr(run, key):
-            fail(f"--{key.replace('_', '-')}: the checkpoint was trained with {saved[key]}")
-    beside = run.checkpoint and not run.out
-    run.out = Path(run.checkpoint).parent / run.task if beside else Path(out)
-    run.trains = not run.checkpoint
-    run.loaded, run.file = loaded, "checkpoint.pt"
+    for key in settings:
+        flag, value = f"--{key.replace('_', '-')}", getattr(run, key)
+        value = tuple(value) if isinstance(value, list) else value
+        for x in value if isinstance(value, tuple) else (value,):
+            if type(x) in (int, float) and not 0 < x < math.inf and (x or key not in MAY_BE_0):
+                fail(f"{flag}: {x} is not a positive number")
+        if key in (*NETWORK, *fixed) and saved.get(key, value) != value:
+            fail(f"{flag}: the checkpoint was trained with {saved[key]}")
+        setattr(run, key, value)
+    run.out, run.loaded, run.trains, run.file = out, loaded, not run.checkpoint, "checkpoint.pt"
     machine = ("task", "out", "checkpoint", "resume", "device", "compile")
     run.keys = [key for key in (*settings, "classes") if key not in machine]  # a checkpoint's
     return run
@@ -1001,76 +935,65 @@ def read_args(argv, settings, preset, tasks, fixed=(), reads=()):
 
 def setup(run):
     """Choose the device, make the run folder, join the processes of torchrun, seed the weights."""
-    name = run.device
-    if name == "auto":
-        mps = "mps" if torch.backends.mps.is_available() else "cpu"
-        name = "cuda" if torch.cuda.is_available() else mps
+    mps = "mps" if torch.backends.mps.is_available() else "cpu"
+    best = "cuda" if torch.cuda.is_available() else mps
+    name = best if run.device == "auto" else run.device
     name = f"cuda:{LOCAL_RANK}" if name == "cuda" else name
     try:
         run.device = torch.device(name)
         torch.zeros(1, device=run.device).item()
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"no device {name} here: {str(error).splitlines()[0]}") from error
+    backend = {"backend": "gloo"}
     if run.device.type == "cuda":
+        backend = {"backend": "nccl", "device_id": run.device}
         torch.cuda.set_device(run.device)
         torch.set_float32_matmul_precision("high")  # TF32
         torch.backends.cudnn.benchmark = True
-    step = run.loaded["step"] if run.checkpoint else run.steps
-    arguments = {"task": run.task, "checkpoint": run.checkpoint, "step": step}
-    arguments |= {key: getattr(run, key) for key in run.keys}
-    run.results, run.arguments = run.out / "results.json", json.loads(json.dumps(arguments))
-    again = run.checkpoint and read_results(run).get("arguments") == run.arguments  # interrupted
-    if RANK == 0 and not run.resume and not again and run.out.exists() and any(run.out.iterdir()):
-        resume = "continue with --resume or " * (run.out / "checkpoint.pt").exists()
-        raise ValueError(f"{run.out} is not empty: {resume}name another folder with --out")
+    arguments = {key: getattr(run, key) for key in ("task", "checkpoint", *run.keys)}
+    arguments["step"] = run.loaded["step"] if run.checkpoint else run.steps
+    run.arguments, file = json.loads(json.dumps(arguments)), run.out / "results.json"
+    run.results = json.loads(file.read_text()) if file.exists() else {}
+    again = run.checkpoint and run.results.get("arguments") == run.arguments  # was interrupted
     run.out.mkdir(parents=True, exist_ok=True)
+    if RANK == 0 and not run.resume and not again and any(run.out.iterdir()):
+        raise ValueError(f"{run.out} is not empty: --resume continues a training there, --out "
+                         "names another folder")
     if WORLD > 1:
-        gpu = {"backend": "nccl", "device_id": run.device} if run.device.type == "cuda" else {}
-        patience = datetime.timedelta(hours=2)  # while the first process downloads
-        dist.init_process_group(**gpu or {"backend": "gloo"}, timeout=patience)
+        dist.init_process_group(**backend, timeout=datetime.timedelta(hours=2))  # for a download
     torch.manual_seed(run.seed)  # the same initial weights in every process
 
 
-def find_images(root):
-    """Of each image below root, training images first: is it for testing, its path, its class or
-    "". Splits are folders train and test, val, valid or validation, else a hash of the path."""
-    paths, left_out, rows = [], 0, []
-    for folder, inner, names in os.walk(root, onerror=fail, followlinks=True):
-        here, own = Path(folder).resolve(), "results.json" in names and Path(folder) != root
-        inner[:] = [name for name in inner if name[0] != "." and name != "__MACOSX" and not own
-                    and not here.is_relative_to(Path(folder, name).resolve())]  # a loop of links
-        names = [name for name in names if name[0] != "." and name != "Thumbs.db" and not own]
-        known = [name for name in names if Path(name).suffix.lower() in IMAGE_TYPES]
-        paths += [Path(folder, name).relative_to(root) for name in known]
-        left_out += len(names) - len(known)
-    tops = [path.parts[0].lower() for path in paths]
-    tests = [name for name in ("test", "val", "valid", "validation") if name in tops]
-    for path, top in zip(paths, tops, strict=True):
-        key, folders = zlib.crc32(path.as_posix().encode()), (*path.parts[:-1], "")
-        if "train" not in tops or not tests:
-            rows.append((key % 10 == 0, path, folders[0], key))
-        elif top in ("train", tests[0]):
-            rows.append((top == tests[0], path, folders[1], key))
-    if left_out + len(paths) > len(rows):
-        report(f"{root}: {left_out + len(paths) - len(rows)} other files are left out")
-    least = min(rows, key=lambda row: row[3])[3] if rows else 0
-    if not any(row[0] for row in rows):
-        rows = [(key == least, path, name, key) for _, path, name, key in rows]
-    if all(row[0] for row in rows):
-        raise ValueError(f"{root} holds {len(rows)} images ({' '.join(IMAGE_TYPES)}): 2 are needed")
-    return [row[:3] for row in sorted(rows)]
-
-
 def load_folder(run):
-    """Images and labels of both splits, as load_images; without training images if there is a
-    checkpoint. Sets run.classes and run.unlabelled, the images in no class's folder."""
-    root, (H, W), errors, grey = Path(run.dataset), run.image_size, [], []
-    rows = find_images(root)
-    run.classes = run.classes or tuple(sorted({name for _, _, name in rows if name}))
-    rows = [row for row in rows if row[0] or run.trains]
-    run.unlabelled = [str(root / path) for _, path, name in rows if name not in run.classes]
+    """As load_images, for the images below a folder; no training images unless run.trains. Sets
+    run.unlabelled: the images in no class's folder."""
+    root, (H, W), files, errors, grey = Path(run.dataset), run.image_size, [], [], []
+    for folder, inner, names in os.walk(root, onerror=fail, followlinks=True):
+        here = Path(folder)
+        if "results.json" in names and here != root:  # a run folder
+            inner[:], names = [], []
+        inner[:] = [name for name in inner if not re.match(SKIPPED, name) and not
+                    here.resolve().is_relative_to((here / name).resolve())]  # a loop of links
+        files += [here.relative_to(root) / name for name in names if not re.match(SKIPPED, name)]
+    tops = {path: path.parts[0].lower() for path in files if path.suffix.lower() in IMAGE_TYPES}
+    test = [name for name in ("test", "val", "valid", "validation") if name in tops.values()][:1]
+    split = bool(test) and "train" in tops.values()
+    if split:
+        rows = [(top in test, path) for path, top in tops.items() if top in ("train", *test)]
+    else:  # by a hash of the path: adding a file moves no other
+        keys = {path: zlib.crc32(path.as_posix().encode()) for path in tops}
+        least = min(keys, key=lambda path: (keys[path] % 10 > 0, keys[path]), default=None)
+        rows = [(keys[path] % 10 == 0 or path == least, path) for path in tops]
+    if len(rows) < len(files):
+        report(f"{root}: {len(files) - len(rows)} other files are left out")
+    if all(for_test for for_test, _ in rows):
+        raise ValueError(f"{root} holds {len(rows)} images ({' '.join(IMAGE_TYPES)}): 2 are needed")
+    class_of = {path: (*path.parts[split:-1], "")[0] for _, path in rows}
+    run.classes = run.classes or tuple(sorted({*class_of.values()} - {""}))
+    rows = sorted(row for row in rows if row[0] or run.trains)  # training images come first
+    run.unlabelled = [str(root / path) for _, path in rows if class_of[path] not in run.classes]
     number = {name: i for i, name in enumerate(run.classes)}
-    labels = torch.tensor([number.get(name, -1) for _, _, name in rows])
+    labels = torch.tensor([number.get(class_of[path], -1) for _, path in rows])
     mode = "L" if run.image_channels == 1 else "RGB"
     images = torch.empty(len(rows), len(mode), H, W, dtype=torch.uint8)
 
@@ -1082,7 +1005,7 @@ def load_folder(run):
                 raise ValueError("more than 8 bits a channel: convert it to 8")
             with contextlib.suppress(Exception):  # a broken EXIF block is no reason to stop
                 image = ImageOps.exif_transpose(image)
-            if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+            if image.has_transparency_data:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             images[i] = pil_to_tensor(ImageOps.fit(image.convert(mode), (W, H)))
@@ -1098,7 +1021,7 @@ def load_folder(run):
         raise ValueError(f"{len(errors)} of {len(rows)} images cannot be read: {min(errors)}")
     if all(grey) and not run.image_channels:
         images = images[:, :1].clone()
-    n = [row[0] for row in rows].index(True)  # training images come first
+    n = sum(not for_test for for_test, _ in rows)
     return (images[:n], labels[:n]), (images[n:], labels[n:])
 
 
@@ -1106,7 +1029,7 @@ def load_images(run):
     """Training images (N, C, H, W) uint8 and labels (N,) int64, -1 for none; the same of the test
     split. Sets run.image_channels and run.classes, the names of the labels."""
     if run.dataset in TORCHVISION:
-        own = run.dataset == "digits"
+        own = run.dataset == "digits"  # they are in assets, as files of MNIST's format
         root = str(Path(__file__).parent / "assets") if own else run.data_dir
         kind = getattr(torchvision.datasets, TORCHVISION[run.dataset])
         if RANK > 0:
@@ -1114,8 +1037,8 @@ def load_images(run):
         try:
             parts = [kind(root, train=train, download=not own) for train in (True, False)]
         except (RuntimeError, OSError) as error:
-            raise OSError(f"cannot download {run.dataset} ({error}); without a network put its "
-                          f"files where torchvision looks for them, below {root}") from error
+            raise OSError(f"cannot download {run.dataset} ({error}): put torchvision's files of it "
+                          f"below {root}") from error
         if RANK == 0 and WORLD > 1:
             dist.barrier()
         run.classes = tuple(parts[0].classes)
@@ -1137,16 +1060,15 @@ def load_data(run):
     run.test, run.unlabelled = None, []
     try:
         train, test = load_images(run)
-        order = torch.randperm(len(test[0]), generator=torch.Generator().manual_seed(run.seed))
-        run.test, run.test_labels = (part[order].to(run.device) for part in test)
     except (ValueError, OSError) as error:
         if not run.checkpoint or run.task != "sample":
             raise
         report(f"process.png goes without its first row: {error}")
-    if not run.trains:
         return None
-    few = train[0].nbytes < 2**32  # 4 GB
-    return [part.to(run.device) if few else part for part in train]
+    order = torch.randperm(len(test[0]), generator=torch.Generator().manual_seed(run.seed))
+    run.test, run.test_labels = (part[order].to(run.device) for part in test)
+    device = run.device if train[0].nbytes < 2**32 else "cpu"  # 4 GB
+    return [part.to(device) for part in train] if run.trains else None
 
 
 def prepare(run, net):
@@ -1180,8 +1102,8 @@ def save_checkpoint(path, state):
 
 
 def load_checkpoint(path, methods):
-    """The checkpoint, on the CPU. torch.load takes a flipped byte for data: the archive's checksums
-    come first. weights_only keeps a hostile file from running code."""
+    """The checkpoint, on the CPU. weights_only keeps a hostile file from running code; a flipped
+    byte is data to torch.load, not to the archive's checksums."""
     if not Path(path).is_file():
         raise ValueError(f"there is no checkpoint {path}")
     try:
@@ -1202,40 +1124,39 @@ def load_checkpoint(path, methods):
 def fit(net, loss_fn, data, run):
     """Train to step run.steps, write log.jsonl and run.file, leave the EMA weights in net.
 
-    data: tensors of one length, of which each step draws rows; loss_fn(*rows): a scalar. A step is
-    a function of the weights and (seed, step, process), so that a resumed run equals an
-    uninterrupted one. Ctrl-C, SIGTERM and SIGHUP save. A step that is not finite changes nothing.
+    Each step draws rows of data, tensors of one length, for the scalar loss_fn(*rows). It depends
+    on the weights and (seed, step, process) alone: a resumed run equals an uninterrupted one.
     """
     if run.batch_size % WORLD:
         raise ValueError(f"--batch-size {run.batch_size} is not a multiple of {WORLD} processes")
-    weights, log, step = list(net.parameters()), run.out / "log.jsonl", 0
+    weights, log, step, start = list(net.parameters()), run.out / "log.jsonl", 0, time.time()
     optimizer = torch.optim.Adam(weights, run.lr, fused=True)
     ema = copy.deepcopy(net).eval().requires_grad_(False)
+    saved = {"model": net, "ema": ema, "optimizer": optimizer}
     running = torch.zeros(2, device=run.device)  # sum and number of the losses since the last line
-    size, start = {"n": len(data[0]), "parameters": sum(p.numel() for p in weights)}, time.time()
+    size = {"n": len(data[0]), "parameters": sum(p.numel() for p in weights)}
     report(f"{[*data[0].shape]} data, {size['parameters']:,} parameters, to {run.out}")
     if run.resume:
-        state, step = run.loaded, run.loaded["step"]
+        step = run.loaded["step"]
         if step > run.steps:
             raise ValueError(f"--steps {run.steps}: the checkpoint has done {step} already")
-        for part, key in ((net, "model"), (ema, "ema"), (optimizer, "optimizer")):
-            part.load_state_dict(state[key])
-        running += state["running"].to(run.device)
+        for key, part in saved.items():
+            part.load_state_dict(run.loaded[key])
+        running += run.loaded["running"].to(run.device)
         if RANK == 0 and log.exists():  # later steps happen again: drop their lines
             lines = [line for line in log.read_text().splitlines() if line.endswith("}")]
             log.write_text("".join(f"{x}\n" for x in lines if json.loads(x)["step"] <= step))
     signals, stopped, seen, since = [], False, step, start
-    stops = [getattr(signal, name, None) for name in ("SIGINT", "SIGTERM", "SIGHUP")]
-    stops = {s: signal.getsignal(s) for s in stops if s and signal.getsignal(s) != signal.SIG_IGN}
-    for stop in stops:
-        signal.signal(stop, lambda number, _: signals.append(number))
+    handlers = {  # the old ones; nohup ignores SIGHUP
+        s: signal.signal(s, lambda number, _: signals.append(number)) for s in signal.Signals
+        if s.name in ("SIGINT", "SIGTERM", "SIGHUP") and signal.getsignal(s) != signal.SIG_IGN
+    }
     net.train()
     while step < run.steps and not stopped:
         step += 1
         seed_all(run.seed, step, RANK)
         warm = step / max(1, run.warmup)
-        for group in optimizer.param_groups:
-            group["lr"] = run.lr * min(1, warm, warm**-run.lr_decay)
+        optimizer.param_groups[0]["lr"] = lr = run.lr * min(1, warm, warm**-run.lr_decay)
         rows = torch.randint(len(data[0]), (run.batch_size // WORLD,), device=data[0].device)
         batch = [part[rows].to(run.device) for part in data]
         if run.flip:
@@ -1261,32 +1182,30 @@ def fit(net, loss_fn, data, run):
             running += torch.where(finite, torch.stack([loss, torch.ones_like(loss)]), 0.0)
         stopped = bool(signals) and WORLD == 1
         if step == 1 or step % run.log_every == 0:
-            (total, count), norm = running.tolist(), norm.item()
+            tally = torch.cat([running, running.new_full((1,), len(signals))])
+            if WORLD > 1:
+                dist.all_reduce(tally)  # all processes stop at the same step
+            total, count, stops = tally.tolist()
+            stopped = stops > 0
             running.zero_()
             if count == 0:
-                fail(f"no loss and gradient since the last log line, to step {step}, is finite: "
-                     "lower --lr")
-            if WORLD > 1:  # all processes stop at the same step
-                stop = torch.tensor(float(len(signals)), device=run.device)
-                dist.all_reduce(stop)
-                stopped = stop.item() > 0
+                fail(f"since the last log line, to step {step}, no loss is finite: lower --lr")
             pace = (time.time() - since) / (step - seen)  # seconds a step
             seen, since = step, time.time()
             left = datetime.timedelta(seconds=round(pace * (run.steps - step)))
             report(f"step {step} of {run.steps}: loss {total / count:.4f}, "
                    f"{run.batch_size / pace:.0f} examples/s, {left} left")
-            line = {"step": step, "loss": total / count, "grad_norm": norm, "lr": group["lr"]}
+            line = {"step": step, "loss": total / count, "grad_norm": norm.item(), "lr": lr}
             if RANK == 0:
                 with open(log, "a") as file:
                     file.write(json.dumps(line) + "\n")
         if RANK == 0 and (step % run.save_every == 0 or step == run.steps or stopped):
-            save_checkpoint(run.out / run.file, {
-                "method": SCRIPT, "step": step, "settings": {k: getattr(run, k) for k in run.keys},
-                "model": net.state_dict(), "ema": ema.state_dict(),
-                "optimizer": optimizer.state_dict(), "running": running,
-            })
-    for stop, handler in stops.items():
-        signal.signal(stop, handler)
+            state = {key: part.state_dict() for key, part in saved.items()}
+            state |= {"method": SCRIPT, "step": step, "running": running}
+            state["settings"] = {key: getattr(run, key) for key in run.keys}
+            save_checkpoint(run.out / run.file, state)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
     if stopped:
         report(f"stopped after step {step}, which is saved: continue with --resume")
         sys.exit(128 + (signals or [signal.SIGTERM])[0])
@@ -1296,8 +1215,7 @@ def fit(net, loss_fn, data, run):
 
 def save_grid(images, path, columns, labels=()):
     """uint8 images (N, C, H, W) as one PNG, small ones enlarged; labels: a text beside each row."""
-    scale = max(1, 48 // images.shape[3])
-    images = images.cpu().repeat_interleave(scale, 2).repeat_interleave(scale, 3)
+    images = nn.functional.interpolate(images.cpu(), scale_factor=max(1, 48 // images.shape[3]))
     grid = to_pil_image(make_grid(images, columns, pad_value=96))
     if labels:
         height, width = images.shape[2] + 2, 7 * max(map(len, labels))
@@ -1309,24 +1227,21 @@ def save_grid(images, path, columns, labels=()):
 
 
 def save_images(draw, run):
-    """Make images/NNNNNN.png of draw(first, n, record) -> (n, C, H, W) uint8, in batches. Each is a
-    function of (seed, first): processes share them, and what exists is not drawn again.
-    Returns at most 100 images, and the states of the first batch if it was drawn here and now."""
+    """Make images/NNNNNN.png of draw(first, n, record) -> (n, C, H, W) uint8, in batches: functions
+    of (seed, first), so that processes share them and what exists is not drawn again. Returns at
+    most 100 images, and the states of the first batch if it was drawn here and now."""
     folder, record = run.out / "images", []
-    if RANK == 0:
-        if read_results(run).get("arguments") != run.arguments:
-            shutil.rmtree(folder, ignore_errors=True)  # they are images of other settings
-        save_results(run, arguments=run.arguments)
-        folder.mkdir(exist_ok=True)
-    if WORLD > 1:
-        dist.barrier()
+    if RANK == 0 and run.results.get("arguments") != run.arguments:
+        shutil.rmtree(folder, ignore_errors=True)  # they are images of other settings
+    save_results(run, arguments=run.arguments)
+    folder.mkdir(exist_ok=True)
     files = [folder / f"{i:06d}.png" for i in range(run.num_samples)]
     for first in range(0, run.num_samples, run.sample_batch_size)[RANK::WORLD]:
         batch = files[first : first + run.sample_batch_size]
-        new = first == 0 and not (run.out / "process.png").exists()
-        if new or not all(file.exists() for file in batch):
+        done = batch if first else [*batch, run.out / "process.png"]
+        if not all(file.exists() for file in done):
             seed_all(run.seed, "batch", first)
-            images = draw(first, len(batch), record if first == 0 else None).cpu()
+            images = draw(first, len(batch), None if first else record).cpu()
             for image, file in zip(images, batch, strict=True):
                 to_pil_image(image).save(f"{file}.part", "png")
                 os.replace(f"{file}.part", file)
@@ -1337,18 +1252,20 @@ def save_images(draw, run):
     return torch.stack([pil_to_tensor(Image.open(file)) for file in files[:100]]), record
 
 
-def read_results(run):
-    return json.loads(run.results.read_text()) if run.results.exists() else {}
-
-
 def save_results(run, **entries):
+    """Add entries to results.json; all processes wait until that is done."""
+    run.results |= entries
     if RANK == 0:
-        run.results.write_text(json.dumps(read_results(run) | entries, indent=2) + "\n")
+        (run.out / "results.json").write_text(json.dumps(run.results, indent=2) + "\n")
+    if WORLD > 1:
+        dist.barrier()
 
 
 def do_tasks(run, tasks, also=()):
     """Do run.task and, after training for `sample`, the tasks `also`; what they return goes into
     results.json, with what repeats it."""
+    if run.checkpoint:  # the same command will continue
+        save_results(run, arguments=run.arguments)
     for name in (run.task, *(also if run.task == "sample" and not run.checkpoint else ())):
         seed_all(run.seed, name)
         start = time.time()

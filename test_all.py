@@ -1837,6 +1837,8 @@ GPU_TASKS = [
     ("sde", "--sde ve --sigma-max 5", "samplers bpd inpaint"),
     ("sde", "--sde subvp --dataset photos", "samplers colorize bpd"),
     ("sde", "--predictor ode", "sample"),
+    ("sde", "--network ddpm++ --sde subvp", "sample bpd"),
+    ("sde", "--network ncsn++ --sde ve --sigma-max 5", "sample bpd"),
     ("d3pm", "", "sample bpd infill"),
     ("d3pm", "--transition uniform --num-steps 2", "sample bpd"),
     ("d3pm", "--method multinomial --final-mode", "sample"),
@@ -3828,6 +3830,33 @@ def test_other_sdes_train_and_sample(folder, name):
     sde.main("--checkpoint run/checkpoint.pt --task bpd".split())
 
 
+def test_networks_of_the_paper_get_their_times(folder, monkeypatch):
+    """CIFAR-10 takes them by default; NCSN++ gets log sigma, and its output is sigma times s."""
+    for words, network, blocks in (("", "ddpm++", 4), ("--sde ve", "ncsn++", 4),
+                                   ("--deep", "ddpm++", 8), ("--network unet", "unet", 2)):
+        args = parse(sde, "--dataset", "cifar10", *words.split())
+        assert (args.network, args.num_res_blocks) == (network, blocks)
+    assert parse(sde).network == "unet"
+    t, x = torch.tensor([0.3, 1.0]), torch.rand(2, 1, 2, 2)
+    seen = []
+
+    def net(x, label):
+        seen.append((x, label))
+        return torch.ones_like(x)
+
+    score = sde.score_model(net, SDES["ve"], log_sigma=True)
+    sigma = 0.01 * 500**t
+    torch.testing.assert_close(score(x, t), (1 / sigma).view(2, 1, 1, 1).expand(2, 1, 2, 2))
+    torch.testing.assert_close(seen[0][1], sigma.log())
+    torch.testing.assert_close(seen[0][0], 2 * x - 1)
+    for name, words in (("ddpm++", "--sde subvp"), ("ncsn++", "--sde ve")):
+        run("--network", name, *words.split(), "--image-size", "8", "--channel-mult", "1", "2",
+            "--out", name, module=sde)
+        sde.main(["--checkpoint", f"{name}/checkpoint.pt"])
+        image = "images/000002.png"
+        assert Path(name, image).read_bytes() == Path(name, "sample", image).read_bytes()
+
+
 def test_sde_feeds_the_network_and_the_classifier_their_times(folder, good_sde, good_run,
                                                              monkeypatch):
     shutil.copytree(good_sde, "sde")
@@ -3987,7 +4016,7 @@ def test_a_network_that_the_solver_cannot_follow_ends_in_one_line(folder, good_s
 PER_PAPER = {"SETTINGS", "PRESETS", "MNIST", "TASKS", "preset", "check", "loss", "to_float",
              "to_uint8", "sample", "bpd", "interpolate", "inpainting", "toy", "main",
              "bits_per_dim", "inpaint", "score_model"}
-PLUMBING = {"report", "fail", "one_line_errors", "seed_all", "read_args", "setup", "find_images",
+PLUMBING = {"report", "fail", "one_line_errors", "seed_all", "read_args", "setup",
             "load_folder", "load_images", "load_data", "prepare", "build_unet", "save_checkpoint",
             "load_checkpoint", "fit", "save_grid", "save_images", "save_results", "do_tasks"}
 BANNERS = ["# ---- The method -", "# ---- The run -", "# ---- Plumbing: "]
