@@ -1,7 +1,7 @@
 """Diffusion on categories: Multinomial Diffusion (Hoogeboom et al. 2021, arXiv:2102.05379) and D3PM
 (Austin, Johnson, Ho, Tarlow, van den Berg 2021, arXiv:2107.03006). Numbers are those of D3PM.
 
-Implements: Eq. (1), (2), (3), (4), (5), (18); Table 1.
+Implements: Eq. (1), (2), (3), (4), (5), (18); Table 1; and of Multinomial Diffusion Eq. (13).
 
     t               time, 1 (almost data) ... T (noise)         (B,) int64; the network gets t - 1
     x_0, x_t        data, and data after t steps of noise       (B, ...) int64 in 0..K-1
@@ -62,13 +62,13 @@ from unet import UNet, time_embedding
 
 def uniform_matrix(K, beta):
     """(K, K) float64, App. A.2.1: with probability beta the state is drawn anew, uniformly."""
-    return (1 - beta) * torch.eye(K, dtype=torch.float64) + beta / K  # Eq. (2)
+    return (1 - beta) * torch.eye(K, dtype=torch.float64) + beta / K  # D3PM Eq. (2)
 
 
 def absorbing_matrix(K, beta, mask):
     """(K, K) float64, App. A.2.2: with probability beta the state becomes mask, for good."""
     Q = (1 - beta) * torch.eye(K, dtype=torch.float64)
-    Q[:, mask] += beta  # Eq. (2)
+    Q[:, mask] += beta  # D3PM Eq. (2)
     return Q
 
 
@@ -79,14 +79,14 @@ def gaussian_matrix(K, beta):
     weight = (-4 * jump.square() / ((K - 1) ** 2 * beta)).softmax(0)  # (2 K - 1,)
     state = torch.arange(K)
     Q = weight[state - state[:, None] + K - 1].fill_diagonal_(0)
-    return Q + (1 - Q.sum(1)).diag()  # Eq. (2)
+    return Q + (1 - Q.sum(1)).diag()  # D3PM Eq. (2)
 
 
 def published_beta(transition, T):
     """(T + 1,) float64: the schedule that the papers take for a transition, index = t."""
     t = torch.arange(T + 1, dtype=torch.float64)
     if transition == "uniform":
-        alpha_bar = ((t / T + 0.008) / 1.008 * math.pi / 2).cos()  # Eq. (18), "+ pi/2" a misprint
+        alpha_bar = ((t / T + 0.008) / 1.008 * math.pi / 2).cos()  # D3PM Eq. (18), a misprint fixed
         later = (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=0.999)  # the cap: released code
     elif transition == "absorbing":
         later = 1 / (T - t[1:] + 1)  # Sec. 3.1: x_0 has lost t / T of its states after t steps
@@ -152,7 +152,7 @@ class CategoricalDiffusion:
             self.products = self.matrices.clone()
             for t in range(1, T + 1):
                 self.matrices[t] = gaussian_matrix(K, beta[t])
-                self.products[t] = self.products[t - 1] @ self.matrices[t]  # Q_bar_t of Eq. (3)
+                self.products[t] = self.products[t - 1] @ self.matrices[t]  # of D3PM Eq. (3)
 
     def to(self, device):
         """Move the tables, in place as a module does it."""
@@ -181,9 +181,9 @@ class CategoricalDiffusion:
         if self.transition == "gaussian":
             Q_bar = self.products[t].to(x_0_probs.dtype)  # (B, K, K)
             flat = x_0_probs.reshape(len(Q_bar), -1, self.K)
-            return (flat @ Q_bar).view_as(x_0_probs)  # Eq. (3)
+            return (flat @ Q_bar).view_as(x_0_probs)  # D3PM Eq. (3)
         stay, jump = (expand(p, x_0_probs) for p in (self.alpha_bar[t], 1 - self.alpha_bar[t]))
-        return stay * x_0_probs + jump * self.prior.to(x_0_probs.dtype)  # Eq. (3)
+        return stay * x_0_probs + jump * self.prior.to(x_0_probs.dtype)  # D3PM Eq. (3)
 
     def likelihood(self, x_t, t, dtype):
         """x_t Q_t^T (B, ..., K): q(x_t | x_{t-1}) of every x_{t-1}; t (B,) in 1..T."""
@@ -197,7 +197,7 @@ class CategoricalDiffusion:
         """q(x_t | x_0) (B, ..., K), Eq. (3), in the tables' precision or in dtype; t in 0..T."""
         dtype = dtype or self.beta.dtype
         if self.transition == "gaussian":
-            return rows(self.products[t].to(dtype), x_0)  # Eq. (3)
+            return rows(self.products[t].to(dtype), x_0)  # D3PM Eq. (3)
         return self.marginal(F.one_hot(x_0, self.K).to(dtype), t)
 
     def q_sample(self, x_0, t):
@@ -218,12 +218,13 @@ class CategoricalDiffusion:
         A one-hot x_0 gives q(x_{t-1} | x_t, x_0), Eq. (3); a prediction p~(x_0 | x_t) gives
         p(x_{t-1} | x_t), Eq. (4): x_t Q_t^T has no x_0 in it, so that the sum over x_0 of joint
         probabilities is the same formula. Where x_t cannot come from x_0 it is uniform."""
-        return self.bayes(self.marginal(x_0_probs, t - 1), x_t, t)  # Eq. (4)
+        return self.bayes(self.marginal(x_0_probs, t - 1), x_t, t)  # D3PM Eq. (4)
 
     def bayes(self, probs, x_t, t):
         """Probabilities of x_{t-1} given x_t from those before x_t was seen, both (B, ..., K)."""
         product = self.likelihood(x_t, t, probs.dtype) * probs + 1e-30  # finite when normalised
-        return product / product.sum(-1, keepdim=True)  # Eq. (3), (4)
+        # D3PM Eq. (3), (4); with the uniform transition Multinomial Eq. (13)
+        return product / product.sum(-1, keepdim=True)
 
 
 def bound_terms(log_p_0, x_0, x_t, t, diffusion):
@@ -231,10 +232,11 @@ def bound_terms(log_p_0, x_0, x_t, t, diffusion):
     log_p_0 (B, ..., K): log p~(. | x_t). The term is L_{t-1}, a KL divergence; at t = 1 it is L_0,
     where both papers let p(x_0 | x_1) be the prediction itself."""
     cross_entropy = -log_p_0.gather(-1, x_0[..., None]).squeeze(-1)
-    q = diffusion.bayes(diffusion.q_probs(x_0, t - 1, log_p_0.dtype), x_t, t)  # Eq. (3)
-    p = diffusion.posterior(log_p_0.exp(), x_t, t)  # Eq. (4)
+    q = diffusion.bayes(diffusion.q_probs(x_0, t - 1, log_p_0.dtype), x_t, t)  # D3PM Eq. (3)
+    p = diffusion.posterior(log_p_0.exp(), x_t, t)  # D3PM Eq. (4)
     divergence = (q * (q.log() - p.log())).sum(-1)
-    return torch.where(expand(t, x_0) == 1, cross_entropy, divergence), cross_entropy  # Eq. (1)
+    term = torch.where(expand(t, x_0) == 1, cross_entropy, divergence)  # D3PM Eq. (1)
+    return term, cross_entropy
 
 
 def d3pm_loss(model, x_0, diffusion, hybrid=0.001):
@@ -245,7 +247,7 @@ def d3pm_loss(model, x_0, diffusion, hybrid=0.001):
     x_t = diffusion.q_sample(x_0, t)
     log_p_0 = model(x_t, t).log_softmax(-1)
     term, cross_entropy = bound_terms(log_p_0, x_0, x_t, t, diffusion)
-    return term.mean() + hybrid * cross_entropy.mean()  # Eq. (5)
+    return term.mean() + hybrid * cross_entropy.mean()  # D3PM Eq. (5)
 
 
 def record_steps(T):
@@ -266,7 +268,7 @@ def d3pm_sample(model, x_T, diffusion, final_mode=False, t_start=None, record=No
         t = torch.full((len(x_t),), step, device=x_t.device)
         probs = model(x_t, t).softmax(-1)  # p~(x_0 | x_t), at t = 1 this is p(x_0 | x_1)
         if step > 1:
-            probs = diffusion.posterior(probs, x_t, t)  # Eq. (4)
+            probs = diffusion.posterior(probs, x_t, t)  # D3PM Eq. (4)
         x_t = probs.argmax(-1) if final_mode and step == 1 else categorical(probs)
     if record is not None:
         record.append(x_t)
@@ -304,7 +306,7 @@ def bits_per_dim(model, x_0, diffusion):
     q = diffusion.q_probs(x_0, t)  # of x_T
     divergence = (torch.xlogy(q, q) - torch.xlogy(q, diffusion.prior)).sum(-1)
     L_T = divergence.flatten(1).mean(1) / math.log(2)
-    return {"total": L_T + L_t.sum(1) + L_0, "L_T": L_T, "L_t": L_t, "L_0": L_0}  # Eq. (1)
+    return {"total": L_T + L_t.sum(1) + L_0, "L_T": L_T, "L_t": L_t, "L_0": L_0}  # D3PM Eq. (1)
 
 
 def infill(model, x, known, diffusion, record=None):
@@ -378,7 +380,7 @@ SETTINGS = dict(  # D3PM's best CIFAR-10 run, with sources; every key is a flag
     hybrid=(0.001, "weight of the cross entropy, lambda in Eq. (5) (App. B.2)"),
     num_steps=(0, "of --T: samples and bound skip the others (Table 1); 0: all"),
     final_mode=(False, "end in the mode of p(x_0 | x_1) (released code)"),
-    length=(256, "text: characters of a chunk"), layers=(12, "text: of the network"),  # App. B.1
+    length=(256, "text: characters of a chunk"), layers=(12, "text: its layers"),  # App. B.1
     width=(768, "text: its channels"), heads=(12, "text: its attention's heads"),  # released code
     num_test=(64, "test examples to measure or to fill in"),
 )
