@@ -267,8 +267,8 @@ MNIST = dict(
 )
 PRESETS = {  # changes to SETTINGS
     "cifar10": {}, "folder": dict(flip=False), "mnist": MNIST, "fashion_mnist": MNIST,
-    # Not in the paper: sized for minutes on a laptop. Of 16x16 pixels the paper's first steps hide
-    # nothing and its last ones have nothing left to hide: T beta is a quarter of the paper's.
+    # Not in the paper: sized for minutes on a laptop. T beta is a quarter of the paper's, as less
+    # noise hides an image of 16x16 pixels.
     "digits": dict(
         T=250, beta_1=0.008, beta_T=0.04, variance="small", image_size=(16, 16), channels=16,
         channel_mult=(1, 2, 4), num_res_blocks=1, attention_resolutions=(), dropout=0.0, lr=1.2e-2,
@@ -387,7 +387,8 @@ COMMON = dict(  # flags of every script beside its settings
 HELP = dict(  # of the settings that all scripts share
     steps="training steps", batch_size="examples a step, of all processes together",
     lr="Adam's learning rate", warmup="steps until the rate reaches --lr",
-    lr_decay="p: after the warmup the rate falls as step^-p", image_size="N or H W",
+    lr_decay="p: after the warmup the rate falls as step^-p",
+    image_size="pixels, N or H W: other images are resized",
     grad_clip="largest gradient norm, 0: any", ema_decay="of averaged weights, 0: no average",
     flip="mirror training images at random",
     channels="of the U-Net's first level", channel_mult="channels of each level / --channels",
@@ -564,7 +565,7 @@ def load_folder(run):
             image = Image.open(file)
             if image.mode[0] in "IF":
                 raise ValueError("more than 8 bits a channel: convert it to 8")
-            with contextlib.suppress(Exception):  # a broken EXIF block is no reason to stop
+            with contextlib.suppress(Exception):  # ignore a broken EXIF block
                 image = ImageOps.exif_transpose(image)
             if image.has_transparency_data:
                 image = image.convert("RGBA")

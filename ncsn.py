@@ -116,7 +116,7 @@ def annealed_langevin(score, x, sigmas, eps, T, denoise=False, record=None):
     """Alg. 1 from x (B, ...), the papers' is U[0, 1]: L T evaluations of score(x, sigma).
 
     eps: the step size at sigma_L. denoise: one evaluation more, to the mean of the data given x
-    (NCSNv2, Alg. 1). record: as of langevin, followed by the denoised state.
+    (NCSNv2, Alg. 1). record: like langevin's, then the denoised state.
     """
     recorded, step = record_steps(len(sigmas) * T), 0
     for sigma in sigmas:  # Alg. 1, line 2
@@ -440,7 +440,8 @@ COMMON = dict(  # flags of every script beside its settings
 HELP = dict(  # of the settings that all scripts share
     steps="training steps", batch_size="examples a step, of all processes together",
     lr="Adam's learning rate", warmup="steps until the rate reaches --lr",
-    lr_decay="p: after the warmup the rate falls as step^-p", image_size="N or H W",
+    lr_decay="p: after the warmup the rate falls as step^-p",
+    image_size="pixels, N or H W: other images are resized",
     grad_clip="largest gradient norm, 0: any", ema_decay="of averaged weights, 0: no average",
     flip="mirror training images at random",
     channels="of the U-Net's first level", channel_mult="channels of each level / --channels",
@@ -617,7 +618,7 @@ def load_folder(run):
             image = Image.open(file)
             if image.mode[0] in "IF":
                 raise ValueError("more than 8 bits a channel: convert it to 8")
-            with contextlib.suppress(Exception):  # a broken EXIF block is no reason to stop
+            with contextlib.suppress(Exception):  # ignore a broken EXIF block
                 image = ImageOps.exif_transpose(image)
             if image.has_transparency_data:
                 image = image.convert("RGBA")
