@@ -220,7 +220,7 @@ def unconditional_score(net, x, sigma):
     return net(x) / expand(sigma, x)
 
 
-def score_model(net, sigmas, settings):
+def noise_conditional_score(net, sigmas, settings):
     """score(x, sigma) from a network of images in [-1, 1] and a time. settings "2019": the time is
     the level's index, the output the score; "2020": the time is 0, the output / sigma the score."""
 
@@ -411,7 +411,7 @@ def main(argv=None):
                "eps = {eps:.3g}".format(**run.measured))
         if not is_toy:
             net = prepare(run, build_unet(run, run.image_channels, run.image_channels))
-            run.score = score_model(net, run.sigmas, run.settings)
+            run.score = noise_conditional_score(net, run.sigmas, run.settings)
         if data:
             fit(run.net, lambda images: loss(run, images), data[:1], run)
         do_tasks(run, {"sample": toy} if is_toy else TASKS)

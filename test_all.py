@@ -1811,8 +1811,7 @@ def test_no_step_waits_for_the_gpu(gpu, folder, name):
     gpu(module, f"{many} --steps 1 --out other")
     counts = [gpu(module, f"--checkpoint {run}/checkpoint.pt --out {run}-samples {words}")[1]
               for run, words in (("short", few), ("other", many))]
-    counts = [{**count, "copies": count["copies"]} for count in counts]
-    assert counts[0]["waits"] == counts[1]["waits"], counts
+    assert counts[0] == counts[1]
 
 
 GPU_TASKS = [
@@ -3114,11 +3113,11 @@ def test_added_files_move_no_other_file_between_the_splits(folder):
     _, (after, _), (more, _) = load("flat", 8)
     for old, new in ((before, after), (test, more)):
         assert set(old[:, 0, 0, 0].tolist()) <= set(new[:, 0, 0, 0].tolist())
-    for name in in_test(names):
+    for name in in_test(os.listdir("flat")):
         Path("flat", name).unlink()
-    least = min((p for p in os.listdir("flat")), key=lambda name: zlib.crc32(name.encode()))
-    if not any(zlib.crc32(name.encode()) % 10 == 0 for name in os.listdir("flat")):
-        assert len(load("flat", 8)[2][0]) == 1 and Path("flat", least).exists()
+    _, _, (test, _) = load("flat", 8)  # no hash is a multiple of 10: the smallest is taken
+    least = min(os.listdir("flat"), key=lambda name: zlib.crc32(name.encode()))
+    assert test[:, 0, 0, 0].tolist() == [int(least[:-4])] and least != "0a.png"
 
 
 def test_what_is_read_from_a_folder(folder, capsys, monkeypatch):
@@ -3956,17 +3955,17 @@ def test_a_classifier_that_was_interrupted_continues(folder):
     photos = "--dataset photos --image-size 8 --out".split()
     run(*photos, "run", module=sde)
     words = "--checkpoint run/checkpoint.pt --task class --num-samples 2 --save-every 2".split()
-    save, saved = sde.save_checkpoint, []
+    save = sde.save_checkpoint
 
     def killed(path, state):
         save(path, state)
-        raise KeyboardInterrupt
+        raise KeyboardInterrupt  # a process that dies right after saving
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sde, "save_checkpoint", killed)
-        with pytest.raises(BaseException):  # noqa: B017
+        with pytest.raises(KeyboardInterrupt):
             sde.main([*words, "--classifier-steps", "5", "--out", "parts"])
-    assert load_state("parts/classifier.pt")["step"] == 2 and not saved
+    assert load_state("parts/classifier.pt")["step"] == 2
     for out in ("parts", "whole"):
         sde.main([*words, "--classifier-steps", "5", "--out", out])
     parts, whole = (load_state(f"{out}/classifier.pt") for out in ("parts", "whole"))
@@ -4015,7 +4014,7 @@ def test_a_network_that_the_solver_cannot_follow_ends_in_one_line(folder, good_s
 
 PER_PAPER = {"SETTINGS", "PRESETS", "MNIST", "TASKS", "preset", "check", "loss", "to_float",
              "to_uint8", "sample", "bpd", "interpolate", "inpainting", "toy", "main",
-             "bits_per_dim", "inpaint", "score_model"}
+             "bits_per_dim", "inpaint"}
 PLUMBING = {"report", "fail", "one_line_errors", "seed_all", "read_args", "setup",
             "load_folder", "load_images", "load_data", "prepare", "build_unet", "save_checkpoint",
             "load_checkpoint", "fit", "save_grid", "save_images", "save_results", "do_tasks"}
