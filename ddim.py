@@ -51,7 +51,7 @@ from torch import nn
 from torchvision.transforms.functional import pil_to_tensor, resize, to_pil_image
 from torchvision.utils import make_grid
 
-from unet import UNet
+from unet import UNet, published
 
 # ---- The method ----------------------------------------------------------------------------------
 
@@ -296,6 +296,7 @@ SETTINGS = dict(  # CIFAR-10, with sources; every key is a flag
     sigma_hat=(False, "DDPM's larger noise instead of eta (App. D.3)"),
     variance=(("eta", "analytic"), "noise of a step: by --eta, or the optimal one (Analytic-DPM)"),
     clip=(False, "clip x_0_hat to [-1, 1]; --sigma-hat and analytic always do (released code)"),
+    weights=("", "published ones: google/ddpm-ema-cifar10-32, or a file or folder of diffusers"),
     num_test=(64, "test images to reconstruct"),
 )
 MNIST = dict(
@@ -335,9 +336,10 @@ def latents(run, n):
 def optimal_gamma(run):
     """analytic_gamma of 256 training images, kept beside the checkpoint as gamma.pt."""
     folder = Path(run.checkpoint).parent if run.checkpoint else run.out
+    folder = run.out.parent if run.weights else folder
     step, path, bf16 = run.arguments["step"], folder / "gamma.pt", run.bf16
-    saved = torch.load(path, weights_only=True) if path.exists() else {"step": None}
-    if saved["step"] != step:
+    saved = torch.load(path, weights_only=True) if path.exists() else {}
+    if saved.get("step", -1) != step:
         few = torch.randperm(len(run.data[0]))[:256].to(run.data[0].device)
         x_0, run.bf16 = to_float(run.data[0][few].to(run.device)), False
         saved = {"step": step, "gamma": analytic_gamma(run.model, x_0, run.schedule)}
@@ -430,7 +432,7 @@ TASKS = {f.__name__: f for f in (sample, sweep, reconstruct, interpolate)}
 def main(argv=None):
     with one_line_errors():
         schedule_of = ("T", "beta_1", "beta_T")
-        run = read_args(argv, SETTINGS, preset, TASKS, fixed=schedule_of, reads=("ddpm",))
+        run = read_args(argv, SETTINGS, preset, TASKS, schedule_of, ("ddpm",), published)
         schedule = Schedule(run.T, run.beta_1, run.beta_T)
         steps = run.num_steps if run.task in ("sample", "interpolate") else 1  # others: a table's
         run.tau = timesteps(run.T, steps, run.spacing)
@@ -443,7 +445,7 @@ def main(argv=None):
             report(f"alpha_bar_T = {schedule.alpha_bar[-1]:.2f} leaves data in x_T: multiply "
                    "--beta-1 and --beta-T by 1000 / T, below 1")
         run.data = load_data(run)
-        net = build_unet(run, run.image_channels, run.image_channels)
+        net = UNet(run.image_channels, run.image_channels, **run.unet)
         run.model, run.schedule = eps_model(prepare(run, net)), schedule.to(run.device)
         if not run.checkpoint:
             fit(net, lambda x: ddim_loss(run.model, to_float(x), run.schedule), run.data[:1], run)
@@ -484,7 +486,7 @@ HELP = dict(  # of the settings that all scripts share
     log_every="steps between log lines", save_every="steps between checkpoints",
 )
 NETWORK = ("image_channels", "image_size", "channels", "channel_mult", "num_res_blocks",
-           "attention_resolutions")
+           "attention_resolutions", "dropout")
 MAY_BE_0 = ("image_channels seed warmup lr_decay grad_clip ema_decay dropout hybrid guidance eta "
             "data_noise sigma_max levels eps mix_at num_steps").split()
 ADVICE = {  # for errors of the machine: what their text has in it, and what to do
@@ -527,10 +529,11 @@ def seed_all(*key):
     torch.manual_seed(zlib.crc32(repr(key).encode()))
 
 
-def read_args(argv, settings, preset, tasks, fixed=(), reads=()):
+def read_args(argv, settings, preset, tasks, fixed=(), reads=(), published=None):
     """The arguments, `run`: a flag beats the checkpoint's value, which beats preset(arguments),
     which beats settings, {name: value or (value, help)}. What is `fixed` must agree with the
-    checkpoint; reads: other scripts whose checkpoints will do."""
+    checkpoint; reads: other scripts whose checkpoints will do; published: a function of --weights.
+    """
     parser = argparse.ArgumentParser(f"{SCRIPT}.py", None, __doc__.split("\n\n")[0], add_help=False,
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.error = fail
@@ -547,12 +550,18 @@ def read_args(argv, settings, preset, tasks, fixed=(), reads=()):
         parser.add_argument(f"--{key.replace('_', '-')}", default=value, help=text, **options)
     early, _ = parser.parse_known_args(argv)
     out, loaded, saved = f"runs/{SCRIPT}-{Path(early.dataset).resolve().name}", None, {}
-    if early.checkpoint:
+    weights = published and early.weights
+    if bool(weights) + bool(early.checkpoint) + early.resume > 1:
+        fail("--resume takes the run folder's own checkpoint: leave out --checkpoint or --weights")
+    if weights:
+        out, loaded = f"runs/{SCRIPT}-{Path(weights).name}/{early.task}", published(weights)
+    elif early.checkpoint:
         out = Path(early.checkpoint).parent / early.task
+        loaded = load_checkpoint(early.checkpoint, (SCRIPT, *reads))
     out = Path(early.out or out)
-    if early.checkpoint or early.resume:
-        methods = (SCRIPT,) if early.resume else (SCRIPT, *reads)
-        loaded = load_checkpoint(early.checkpoint or out / "checkpoint.pt", methods)
+    if early.resume:
+        loaded = load_checkpoint(out / "checkpoint.pt", (SCRIPT,))
+    if loaded:
         saved = loaded["settings"]
         if loaded["method"] != SCRIPT:  # take what the network is, not how it samples
             known = {*NETWORK, *fixed, "dataset", "data_dir", "classes"}
@@ -561,8 +570,7 @@ def read_args(argv, settings, preset, tasks, fixed=(), reads=()):
     parser.set_defaults(**{"classes": ()} | preset(early) | saved)
     parser.add_argument("-h", "--help", action="help", help="show this text, for a --dataset")
     run = parser.parse_args(argv)
-    if run.checkpoint and run.resume:
-        fail("--resume continues the run folder's own checkpoint: leave out --checkpoint")
+    run.checkpoint = run.checkpoint or weights
     if len(run.image_size) > 2:
         fail("--image-size takes one number, or height and width")
     run.image_size = (run.image_size[0], run.image_size[-1])
@@ -575,6 +583,7 @@ def read_args(argv, settings, preset, tasks, fixed=(), reads=()):
         if key in (*NETWORK, *fixed) and saved.get(key, value) != value:
             fail(f"{flag}: the checkpoint was trained with {saved[key]}")
         setattr(run, key, value)
+    run.unet = {key: getattr(run, key) for key in NETWORK[2:]} | {"image_size": max(run.image_size)}
     run.out, run.loaded, run.trains, run.file = out, loaded, not run.checkpoint, "checkpoint.pt"
     machine = ("task", "out", "checkpoint", "resume", "device", "compile")
     run.keys = [key for key in (*settings, "classes") if key not in machine]  # a checkpoint's
@@ -735,11 +744,6 @@ def prepare(run, net):
     return call
 
 
-def build_unet(run, in_channels, out_channels):
-    shape = (run.channels, run.channel_mult, run.num_res_blocks, run.attention_resolutions)
-    return UNet(in_channels, out_channels, *shape, run.dropout, max(run.image_size))
-
-
 def save_checkpoint(path, state):
     """Write beside path, flush to the disk, rename: path is the old file or the new, never half."""
     with open(f"{path}.part", "wb") as file:
@@ -794,7 +798,7 @@ def fit(net, loss_fn, data, run):
         if RANK == 0 and log.exists():  # later steps happen again: drop their lines
             lines = [line for line in log.read_text().splitlines() if line.endswith("}")]
             log.write_text("".join(f"{x}\n" for x in lines if json.loads(x)["step"] <= step))
-    signals, stopped, seen, since = [], False, step, start
+    signals, stopped, first = [], False, step
     handlers = {  # the old ones; nohup ignores SIGHUP
         s: signal.signal(s, lambda number, _: signals.append(number)) for s in signal.Signals
         if s.name in ("SIGINT", "SIGTERM", "SIGHUP") and signal.getsignal(s) != signal.SIG_IGN
@@ -838,8 +842,7 @@ def fit(net, loss_fn, data, run):
             running.zero_()
             if count == 0:
                 fail(f"since the last log line, to step {step}, no loss is finite: lower --lr")
-            pace = (time.time() - since) / (step - seen)  # seconds a step
-            seen, since = step, time.time()
+            pace = (time.time() - start) / (step - first)  # seconds a step
             left = datetime.timedelta(seconds=round(pace * (run.steps - step)))
             report(f"step {step} of {run.steps}: loss {total / count:.4f}, "
                    f"{run.batch_size / pace:.0f} examples/s, {left} left")
@@ -917,7 +920,8 @@ def do_tasks(run, tasks, also=()):
     for name in (run.task, *(also if run.task == "sample" and not run.checkpoint else ())):
         seed_all(run.seed, name)
         start = time.time()
-        measured = {"step": run.arguments["step"], "weights": "EMA", **tasks[name](run),
+        weights = vars(run).get("weights") or "EMA"
+        measured = {"step": run.arguments["step"], "weights": weights, **tasks[name](run),
                     "dataset": run.dataset, "classes": run.classes, "seed": run.seed,
                     "torch": torch.__version__, "torchvision": torchvision.__version__,
                     "date": time.strftime("%Y-%m-%d"), "seconds": round(time.time() - start, 1)}

@@ -410,7 +410,7 @@ def main(argv=None):
         report("L = {levels}, sigma from {sigma_max:.4g} to {sigma_min:.4g}, T = {T}, "
                "eps = {eps:.3g}".format(**run.measured))
         if not is_toy:
-            net = prepare(run, build_unet(run, run.image_channels, run.image_channels))
+            net = prepare(run, UNet(run.image_channels, run.image_channels, **run.unet))
             run.score = noise_conditional_score(net, run.sigmas, run.settings)
         if data:
             fit(run.net, lambda images: loss(run, images), data[:1], run)
@@ -451,7 +451,7 @@ HELP = dict(  # of the settings that all scripts share
     log_every="steps between log lines", save_every="steps between checkpoints",
 )
 NETWORK = ("image_channels", "image_size", "channels", "channel_mult", "num_res_blocks",
-           "attention_resolutions")
+           "attention_resolutions", "dropout")
 MAY_BE_0 = ("image_channels seed warmup lr_decay grad_clip ema_decay dropout hybrid guidance eta "
             "data_noise sigma_max levels eps mix_at num_steps").split()
 ADVICE = {  # for errors of the machine: what their text has in it, and what to do
@@ -494,10 +494,11 @@ def seed_all(*key):
     torch.manual_seed(zlib.crc32(repr(key).encode()))
 
 
-def read_args(argv, settings, preset, tasks, fixed=(), reads=()):
+def read_args(argv, settings, preset, tasks, fixed=(), reads=(), published=None):
     """The arguments, `run`: a flag beats the checkpoint's value, which beats preset(arguments),
     which beats settings, {name: value or (value, help)}. What is `fixed` must agree with the
-    checkpoint; reads: other scripts whose checkpoints will do."""
+    checkpoint; reads: other scripts whose checkpoints will do; published: a function of --weights.
+    """
     parser = argparse.ArgumentParser(f"{SCRIPT}.py", None, __doc__.split("\n\n")[0], add_help=False,
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.error = fail
@@ -514,12 +515,18 @@ def read_args(argv, settings, preset, tasks, fixed=(), reads=()):
         parser.add_argument(f"--{key.replace('_', '-')}", default=value, help=text, **options)
     early, _ = parser.parse_known_args(argv)
     out, loaded, saved = f"runs/{SCRIPT}-{Path(early.dataset).resolve().name}", None, {}
-    if early.checkpoint:
+    weights = published and early.weights
+    if bool(weights) + bool(early.checkpoint) + early.resume > 1:
+        fail("--resume takes the run folder's own checkpoint: leave out --checkpoint or --weights")
+    if weights:
+        out, loaded = f"runs/{SCRIPT}-{Path(weights).name}/{early.task}", published(weights)
+    elif early.checkpoint:
         out = Path(early.checkpoint).parent / early.task
+        loaded = load_checkpoint(early.checkpoint, (SCRIPT, *reads))
     out = Path(early.out or out)
-    if early.checkpoint or early.resume:
-        methods = (SCRIPT,) if early.resume else (SCRIPT, *reads)
-        loaded = load_checkpoint(early.checkpoint or out / "checkpoint.pt", methods)
+    if early.resume:
+        loaded = load_checkpoint(out / "checkpoint.pt", (SCRIPT,))
+    if loaded:
         saved = loaded["settings"]
         if loaded["method"] != SCRIPT:  # take what the network is, not how it samples
             known = {*NETWORK, *fixed, "dataset", "data_dir", "classes"}
@@ -528,8 +535,7 @@ def read_args(argv, settings, preset, tasks, fixed=(), reads=()):
     parser.set_defaults(**{"classes": ()} | preset(early) | saved)
     parser.add_argument("-h", "--help", action="help", help="show this text, for a --dataset")
     run = parser.parse_args(argv)
-    if run.checkpoint and run.resume:
-        fail("--resume continues the run folder's own checkpoint: leave out --checkpoint")
+    run.checkpoint = run.checkpoint or weights
     if len(run.image_size) > 2:
         fail("--image-size takes one number, or height and width")
     run.image_size = (run.image_size[0], run.image_size[-1])
@@ -542,6 +548,7 @@ def read_args(argv, settings, preset, tasks, fixed=(), reads=()):
         if key in (*NETWORK, *fixed) and saved.get(key, value) != value:
             fail(f"{flag}: the checkpoint was trained with {saved[key]}")
         setattr(run, key, value)
+    run.unet = {key: getattr(run, key) for key in NETWORK[2:]} | {"image_size": max(run.image_size)}
     run.out, run.loaded, run.trains, run.file = out, loaded, not run.checkpoint, "checkpoint.pt"
     machine = ("task", "out", "checkpoint", "resume", "device", "compile")
     run.keys = [key for key in (*settings, "classes") if key not in machine]  # a checkpoint's
@@ -702,11 +709,6 @@ def prepare(run, net):
     return call
 
 
-def build_unet(run, in_channels, out_channels):
-    shape = (run.channels, run.channel_mult, run.num_res_blocks, run.attention_resolutions)
-    return UNet(in_channels, out_channels, *shape, run.dropout, max(run.image_size))
-
-
 def save_checkpoint(path, state):
     """Write beside path, flush to the disk, rename: path is the old file or the new, never half."""
     with open(f"{path}.part", "wb") as file:
@@ -761,7 +763,7 @@ def fit(net, loss_fn, data, run):
         if RANK == 0 and log.exists():  # later steps happen again: drop their lines
             lines = [line for line in log.read_text().splitlines() if line.endswith("}")]
             log.write_text("".join(f"{x}\n" for x in lines if json.loads(x)["step"] <= step))
-    signals, stopped, seen, since = [], False, step, start
+    signals, stopped, first = [], False, step
     handlers = {  # the old ones; nohup ignores SIGHUP
         s: signal.signal(s, lambda number, _: signals.append(number)) for s in signal.Signals
         if s.name in ("SIGINT", "SIGTERM", "SIGHUP") and signal.getsignal(s) != signal.SIG_IGN
@@ -805,8 +807,7 @@ def fit(net, loss_fn, data, run):
             running.zero_()
             if count == 0:
                 fail(f"since the last log line, to step {step}, no loss is finite: lower --lr")
-            pace = (time.time() - since) / (step - seen)  # seconds a step
-            seen, since = step, time.time()
+            pace = (time.time() - start) / (step - first)  # seconds a step
             left = datetime.timedelta(seconds=round(pace * (run.steps - step)))
             report(f"step {step} of {run.steps}: loss {total / count:.4f}, "
                    f"{run.batch_size / pace:.0f} examples/s, {left} left")
@@ -884,7 +885,8 @@ def do_tasks(run, tasks, also=()):
     for name in (run.task, *(also if run.task == "sample" and not run.checkpoint else ())):
         seed_all(run.seed, name)
         start = time.time()
-        measured = {"step": run.arguments["step"], "weights": "EMA", **tasks[name](run),
+        weights = vars(run).get("weights") or "EMA"
+        measured = {"step": run.arguments["step"], "weights": weights, **tasks[name](run),
                     "dataset": run.dataset, "classes": run.classes, "seed": run.seed,
                     "torch": torch.__version__, "torchvision": torchvision.__version__,
                     "date": time.strftime("%Y-%m-%d"), "seconds": round(time.time() - start, 1)}

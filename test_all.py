@@ -16,6 +16,7 @@ import re
 import shlex
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -40,7 +41,7 @@ import ddpm
 import ncsn
 import sde
 import sliced_sm
-from unet import UNet, ddpm_plus_plus, double, fir_blur, halve, ncsn_plus_plus
+from unet import ResBlock, UNet, ddpm_plus_plus, double, fir_blur, halve, ncsn_plus_plus
 
 torch.set_num_threads(1)  # tensors are tiny here
 ROOT = Path(__file__).parent
@@ -3458,6 +3459,144 @@ def test_ddim_tasks_on_the_checkpoint_of_ddpm(good_run, folder, capsys, monkeypa
     refused(capsys, "--num-steps", "21", module=ddim, match="21 steps are not within 1..20")
 
 
+# ---- 3. As a user: published weights -----------------------------------------------------------
+
+
+NEW, OLD = ("to_q", "to_k", "to_v", "to_out.0"), ("query", "key", "value", "proj_attn")
+
+
+def diffusers_state(net, attention=NEW):
+    """The weights of net under the names of diffusers, found by counting blocks and levels."""
+    places = {"time_mlp.0": "time_embedding.linear_1", "time_mlp.2": "time_embedding.linear_2",
+              "conv_in": "conv_in", "norm_out": "conv_norm_out", "conv_out": "conv_out",
+              "mid.0": "mid_block.{}.0", "mid.1": "mid_block.{}.1"}
+    for path in ("down", "up"):
+        level = i = 0
+        for n, module in enumerate(getattr(net, path)):
+            places[f"{path}.{n}"], i = f"{path}_blocks.{level}.{{}}.{i}", i + 1
+            if not isinstance(module, ResBlock):
+                places[f"{path}.{n}"] = f"{path}_blocks.{level}.{path}samplers.0"
+                level, i = level + 1, 0
+    layers, state = {".temb": ".time_emb_proj", ".shortcut": ".conv_shortcut"}, {}
+    layers |= {".norm": ".group_norm", ".out": f".{attention[3]}"}
+    for name, tensor in net.state_dict().items():
+        ours = next(place for place in places if name.startswith(f"{place}."))
+        place = places[ours].format("attentions" if ".attention." in name else "resnets")
+        layer, kind = name.removeprefix(ours).removeprefix(".attention").rsplit(".", 1)
+        thirds = zip(attention, tensor.chunk(3), strict=False)
+        state |= ({f"{place}.{part}.{kind}": third.clone() for part, third in thirds}
+                  if layer == ".qkv" else {f"{place}{layers.get(layer, layer)}.{kind}": tensor})
+    return state
+
+
+def write_safetensors(path, state, **changes):
+    """changes: name -> its entry in the header instead of the right one. Returns the header."""
+    header, data = {"__metadata__": {"format": "pt"}}, b""
+    for name, tensor in state.items():
+        place = [len(data), len(data) + 4 * tensor.numel()]
+        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": place}
+        data += tensor.contiguous().numpy().tobytes()
+    text = json.dumps(header | changes, sort_keys=True).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data)
+    return header
+
+
+@pytest.mark.parametrize("attention", [NEW, OLD])
+@pytest.mark.parametrize("settings", [(1, 2, 8, (1, 2, 2), 2, (4,), 0.1, 8), (3, 3, 8, (2,), 1)])
+def test_published_weights_load_from_both_formats(tmp_path, settings, attention):
+    with torch.device("meta"):
+        names = diffusers_state(UNet(), attention).keys()
+    assert len(names) == 328  # as UNet2DModel has for CIFAR-10, these among them
+    assert {f"up_blocks.2.attentions.2.{layer}.bias" for layer in attention} < names
+    net, x = UNet(*settings).eval().requires_grad_(False), torch.randn(2, settings[0], 8, 8)
+    for p in net.parameters():
+        p.copy_(torch.randn_like(p) / math.sqrt(p[0].numel()))
+    state, t = diffusers_state(net, attention), torch.tensor([0, 999])
+    torch.save(state, tmp_path / "diffusion_pytorch_model.bin")
+    write_safetensors(tmp_path / "reordered.safetensors", dict(reversed(state.items())))
+    for path in (tmp_path, tmp_path / "reordered.safetensors"):
+        other = UNet(*settings).eval()
+        other.load_published(str(path))
+        assert torch.equal(net(x, t), other(x, t))
+
+
+class HostileWeights:
+    def __reduce__(self):
+        return os.mkdir, ("executed",)
+
+
+def test_bad_weights_end_in_one_line(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    net, file, pickled = UNet(1, 2, 8, (1, 2), 1), tmp_path / "a.safetensors", tmp_path / "a.bin"
+    state, before = diffusers_state(net), [p.clone() for p in net.parameters()]
+
+    def refused(path, match="damaged"):
+        with pytest.raises(ValueError, match=match) as error:
+            net.load_published(path)
+        assert "\n" not in str(error.value) and not (tmp_path / "executed").exists()
+        assert all(map(torch.equal, before, net.parameters()))
+
+    first, second = "conv_in.bias", "conv_out.bias"  # 8 and 2 numbers
+    fewer = {name: tensor for name, tensor in state.items() if name != first}
+    for wrong, match in (
+        (fewer, "'conv_in.bias' is missing, in the network .8."),
+        (state | {first: torch.zeros(4)}, "'conv_in.bias' is .4., in the network .8."),
+        (state | {"a\nb": torch.zeros(3)}, r"'a\\nb' is .3., in the network missing"),
+        (state | {"mid_block.attentions.0.query.bias": torch.zeros(16)}, "attentions.0"),  # twice
+    ):
+        torch.save(wrong, pickled)
+        refused(pickled, match)
+        write_safetensors(file, wrong)
+        refused(file, match)
+    header = write_safetensors(file, state)
+    good, a, b = file.read_bytes(), header[first], header[second]
+    nested = struct.pack("<Q", 10**5) + b"[" * 10**5  # JSON that the parser gives up
+    for raw in (good[:7], good[:99], good[:-4], good + bytes(4), b"\xff" * 8 + good[8:], nested):
+        file.write_bytes(raw)
+        refused(file)
+    for entry in (a, {}, None, b | {"data_offsets": a["data_offsets"]}, b | {"shape": [-1, -2]},
+                  b | {"dtype": "I32"}, b | {"shape": [-1], "data_offsets": [0, -4]}):
+        write_safetensors(file, state, **{second: entry})
+        refused(file)
+    for harmful in (HostileWeights(), state | {first: HostileWeights()}, state | {first: {}}, [1]):
+        torch.save(harmful, pickled)
+        refused(pickled)
+    torch.save(state | {5: torch.zeros(1)}, pickled)
+    refused(pickled, "'5' is .1., in the network missing")
+    refused(tmp_path / "nowhere", "missing")
+
+
+def test_scripts_sample_from_published_weights(folder, monkeypatch, capsys):
+    state = diffusers_state(UNet())
+    torch.save(state, "weights.bin")
+    Path("a").mkdir()
+    write_safetensors(Path("a/diffusion_pytorch_model.safetensors"), state)
+    monkeypatch.setattr(ddpm, "ddpm_sample", lambda model, x_T, *a, record: model(x_T, 1 + 0 * x_T))
+    monkeypatch.setattr(ddpm, "eps_model", lambda net: lambda x, t: net(x, t[:, 0, 0, 0]))
+    for module, weights, words in (
+        (ddpm, "a", ""), (ddim, "weights.bin", "--num-steps 2"),
+        (sde, "weights.bin", "--predictor euler_maruyama --corrector none --num-steps 21"),
+    ):
+        module.main(f"--weights {weights} --num-samples 1 --device cpu {words}".split())
+        out = Path(f"runs/{module.SCRIPT}-{weights}/sample")
+        assert (out / "images" / "000000.png").exists()
+        found = json.loads((out / "results.json").read_text())
+        assert found["sample"]["weights"] == weights and found["sample"]["dataset"] == "cifar10"
+    assert "process.png goes without its first row" in capsys.readouterr().out
+    refused(capsys, "--weights", "a", match="--channels: the checkpoint was trained with 128")
+    monkeypatch.setattr(torch.hub, "download_url_to_file", unreachable)
+    for words, match in (("--weights nobody/nothing", "cannot download .*: save it as .*nothing"),
+                         ("--weights a --resume", "leave out"), ("--weights b.bin", "missing"),
+                         ("--weights a --T 5", "--T: the checkpoint was trained with 1000")):
+        with pytest.raises(SystemExit):
+            ddpm.main(words.split())
+        assert re.search(match, capsys.readouterr().err)
+
+
+def unreachable(*args, **kwargs):
+    raise OSError("<urlopen error [Errno -3] Temporary failure in name resolution>")
+
+
 # ---- 3. As a user: sliced score matching ---------------------------------------------------------
 
 
@@ -4016,7 +4155,7 @@ PER_PAPER = {"SETTINGS", "PRESETS", "MNIST", "TASKS", "preset", "check", "loss",
              "to_uint8", "sample", "bpd", "interpolate", "inpainting", "toy", "main",
              "bits_per_dim", "inpaint"}
 PLUMBING = {"report", "fail", "one_line_errors", "seed_all", "read_args", "setup",
-            "load_folder", "load_images", "load_data", "prepare", "build_unet", "save_checkpoint",
+            "load_folder", "load_images", "load_data", "prepare", "save_checkpoint",
             "load_checkpoint", "fit", "save_grid", "save_images", "save_results", "do_tasks"}
 BANNERS = ["# ---- The method -", "# ---- The run -", "# ---- Plumbing: "]
 

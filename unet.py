@@ -1,7 +1,7 @@
 """The U-Net of DDPM (Ho, Jain, Abbeel 2020, arXiv:2006.11239, App. B), shared by all scripts.
 
 Layer for layer the network that the authors released: the defaults are their CIFAR-10 model with
-35,746,307 parameters, whose published weights could be copied in.
+35,746,307 parameters. UNet.load_published takes its published weights.
 
     net = UNet()                                                        # CIFAR-10, 3 x 32 x 32
     net = UNet(1, 1, channels=32, channel_mult=(1, 2, 2), image_size=16)    # small and grey
@@ -18,7 +18,11 @@ What the released code does and the paper does not say:
    start at almost zero: a new network returns about 0, and the first DDPM loss is 1.
 """
 
+import http.client
+import json
 import math
+import re
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -133,7 +137,7 @@ class UNet(nn.Module):
     def __init__(self, in_channels=3, out_channels=3, channels=128, channel_mult=(1, 2, 2, 2),
                  num_res_blocks=2, attention_resolutions=(16,), dropout=0.1, image_size=32):
         super().__init__()
-        self.in_channels, self.channels = in_channels, channels
+        self.in_channels, self.channels, self.num_res_blocks = in_channels, channels, num_res_blocks
         self.multiple = 2 ** (len(channel_mult) - 1)  # of H and W
         check_width(channels, channel_mult)
         temb = 4 * channels
@@ -183,6 +187,98 @@ class UNet(nn.Module):
                 h = torch.cat([h, skips.pop()], dim=1)
             h = module(h, temb)
         return self.conv_out(F.silu(self.norm_out(h)))  # (B, out_channels, H, W)
+
+    def load_published(self, path):
+        """Take the weights of a network like google/ddpm-cifar10-32 as diffusers saves them, from a
+        .safetensors or .bin file or a folder with diffusion_pytorch_model.safetensors or .bin.
+        ValueError, and no weight changes, if the file is damaged or a tensor is missing, unknown or
+        of another shape."""
+        inside = [Path(path, f"diffusion_pytorch_model.{kind}") for kind in ("safetensors", "bin")]
+        file = next((file for file in inside if file.is_file()), Path(path))
+        found, wanted = read_weights(file), {}  # diffusers' name -> tensor
+        names = OLD_NAMES if any(".query." in name for name in found) else NEW_NAMES
+        for name, tensor in self.state_dict().items():
+            parts = "qkv" if "qkv" in name else ["qkv"]  # our one layer is three of diffusers'
+            for part, rows in zip(parts, tensor.chunk(len(parts)), strict=True):
+                ours = name.replace("qkv", part)
+                wanted[published_name(ours, self.num_res_blocks, names)] = rows
+        for name in (*wanted, *found):
+            there, here = (list(d[name].shape) if name in d else "missing" for d in (found, wanted))
+            if there != here:
+                raise ValueError(f"{file}: {name!r} is {there}, in the network {here}")
+        for name, rows in wanted.items():
+            rows.copy_(found[name])
+
+
+# ---- Published weights ---------------------------------------------------------------------------
+
+# Our names and diffusers', which had other ones for the layers of its attention once.
+NEW_NAMES = {"time_mlp.0": "time_embedding.linear_1", "time_mlp.2": "time_embedding.linear_2",
+             "norm_out": "conv_norm_out", "temb": "time_emb_proj", "shortcut": "conv_shortcut",
+             "mid_blocks.0": "mid_block", "attention.norm": "group_norm", "attention.q": "to_q",
+             "attention.k": "to_k", "attention.v": "to_v", "attention.out": "to_out.0"}
+OLD_NAMES = NEW_NAMES | {"attention.q": "query", "attention.k": "key", "attention.v": "value",
+                         "attention.out": "proj_attn"}
+
+
+def published_name(name, num_res_blocks, names):
+    """diffusers' name: down.4.temb.bias is down_blocks.1.resnets.1.time_emb_proj.bias, since down.0
+    to down.2 are level 0's two blocks and its Downsample."""
+    if match := re.fullmatch(r"(down|mid|up)\.(\d+)\.(.+)", name):
+        path, index, layer = match.groups()
+        level, i = divmod(int(index), num_res_blocks + (1 if path == "down" else 2))
+        part = "attentions" if layer.startswith("attention.") else "resnets"
+        if layer.startswith("conv."):  # Downsample or Upsample, the last module of its level
+            part, i = f"{path}samplers", 0
+        name = f"{path}_blocks.{level}.{part}.{i}.{layer}"
+    for ours, theirs in names.items():
+        name = name.replace(ours, theirs)
+    return name
+
+
+def read_weights(file):
+    """Name -> float32 tensor. A .safetensors file is the header's length in 8 bytes, the header in
+    JSON with the type, shape and place of each tensor, and the tensors' numbers without a gap."""
+    try:
+        if file.suffix != ".safetensors":  # weights_only keeps a hostile file from running code
+            tensors = torch.load(file, map_location="cpu", weights_only=True)
+        else:
+            data, tensors, end = bytearray(file.read_bytes()), {}, 0
+            start = 8 + int.from_bytes(data[:8], "little")
+            header = json.loads(data[8:start])
+            header.pop("__metadata__", None)
+            numbers = torch.frombuffer(data[start:], dtype=torch.float32)
+            for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+                begin, end = end, end + math.prod(entry["shape"])
+                if entry["dtype"] != "F32" or entry["data_offsets"] != [4 * begin, 4 * end]:
+                    raise ValueError("another type, a gap or an overlap")
+                tensors[name] = numbers[begin:end].view(entry["shape"])
+            if end != len(numbers):
+                raise ValueError("numbers of no tensor")
+        return {str(name): tensor.to_dense().float() for name, tensor in tensors.items()}
+    except Exception as error:  # whatever a damaged file makes json and the unpickler raise
+        raise ValueError(f"{file} is missing, damaged or not a file of float32 weights") from error
+
+
+def published(name):
+    """What a checkpoint of ddpm.py holds, of published CIFAR-10 weights: a file or a folder for
+    load_published, or a model of the Hugging Face hub, downloaded once, into torch's cache."""
+    path = Path(name)
+    if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        path = Path(torch.hub.get_dir(), "checkpoints", f"{name.replace('/', '--')}.safetensors")
+        url = f"https://huggingface.co/{name}/resolve/main/diffusion_pytorch_model.safetensors"
+        try:
+            if not path.exists():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                torch.hub.download_url_to_file(url, path)
+        except (OSError, http.client.HTTPException) as error:
+            raise OSError(f"cannot download {url} ({error}): save it as {path}") from error
+    net = UNet()
+    net.load_published(path)
+    settings = dict(dataset="cifar10", image_channels=3, image_size=(32, 32), channels=128,
+                    channel_mult=(1, 2, 2, 2), num_res_blocks=2, attention_resolutions=(16,),
+                    dropout=0.1, T=1000, beta_1=1e-4, beta_T=0.02)
+    return {"method": "ddpm", "step": None, "settings": settings, "ema": net.state_dict()}
 
 
 # ---- DDPM++ and NCSN++ (arXiv:2011.13456, Sec. 4.4 and App. H) -----------------------------------
@@ -248,8 +344,9 @@ class ScoreUNet(nn.Module):
     5. fourier: the time enters by random Fourier features; otherwise by DDPM's time_embedding.
     """
 
-    def __init__(self, in_channels, out_channels, channels, channel_mult, num_res_blocks,
-                 attention_resolutions, dropout, image_size, fir, progressive_input, fourier):
+    def __init__(self, in_channels=3, out_channels=3, num_res_blocks=4, channels=128,
+                 channel_mult=(1, 2, 2, 2), attention_resolutions=(16,), dropout=0.1, image_size=32,
+                 *, fir=False, progressive_input=False, fourier=False):
         super().__init__()
         self.in_channels, self.channels = in_channels, channels
         self.multiple = 2 ** (len(channel_mult) - 1)  # of H and W
@@ -316,19 +413,11 @@ class ScoreUNet(nn.Module):
         return self.conv_out(F.silu(self.norm_out(h)))  # (B, out_channels, H, W)
 
 
-def ddpm_plus_plus(in_channels=3, out_channels=3, num_res_blocks=4, channels=128,
-                   channel_mult=(1, 2, 2, 2), attention_resolutions=(16,), dropout=0.1,
-                   image_size=32):
+def ddpm_plus_plus(*args, **options):
     """DDPM++, for the VP and sub-VP SDEs: t is 999 times the SDE's time, which ends at 1."""
-    return ScoreUNet(in_channels, out_channels, channels, channel_mult, num_res_blocks,
-                     attention_resolutions, dropout, image_size,
-                     fir=False, progressive_input=False, fourier=False)
+    return ScoreUNet(*args, **options)
 
 
-def ncsn_plus_plus(in_channels=3, out_channels=3, num_res_blocks=4, channels=128,
-                   channel_mult=(1, 2, 2, 2), attention_resolutions=(16,), dropout=0.1,
-                   image_size=32):
+def ncsn_plus_plus(*args, **options):
     """NCSN++ cont., for the VE SDE: t is log sigma, and the output / sigma is the score."""
-    return ScoreUNet(in_channels, out_channels, channels, channel_mult, num_res_blocks,
-                     attention_resolutions, dropout, image_size,
-                     fir=True, progressive_input=True, fourier=True)
+    return ScoreUNet(*args, **options, fir=True, progressive_input=True, fourier=True)
