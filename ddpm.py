@@ -225,7 +225,7 @@ def bits_per_dim(model, x_0, schedule, variance="large", clip=True):
 
 def rate_distortion(bits):
     """Table 4 from bits_per_dim's terms: rate (T,) in bits/dim and distortion (T,), an RMSE on the
-    scale 0..255, by reverse time r = T - t + 1: after x_T, ..., x_t are received. L_0 is no rate.
+    scale 0..255, by reverse time r = T - t + 1: after x_T, ..., x_t are received, without L_0.
     """
     received = torch.cat([bits["L_T"][:, None], bits["L_t"].flip(1)], dim=1)  # x_T, ..., x_1
     rate = received.mean(0).cumsum(0)  # Sec. 4.3

@@ -41,6 +41,7 @@ import ddpm
 import ncsn
 import sde
 import sliced_sm
+import unet
 from unet import ResBlock, UNet, ddpm_plus_plus, double, fir_blur, halve, ncsn_plus_plus
 
 torch.set_num_threads(1)  # tensors are tiny here
@@ -4308,8 +4309,31 @@ def test_every_documented_command_parses(monkeypatch, capsys):
         settings |= {"image_channels": 3 if "colorize" in words else 1}
         loaded = {"method": method, "settings": settings, "step": 1}
         monkeypatch.setattr(module, "load_checkpoint", lambda *_, loaded=loaded: loaded)
+        monkeypatch.setattr(module, "published", lambda _, loaded=loaded: loaded, raising=False)
         if "FILE" not in words and "path/to/photos" not in words and "--help" not in words:
             parse(module, *words)
+
+
+def test_readme_tells_the_truth_about_the_code():
+    text = (ROOT / "README.md").read_text()
+    block = re.search(r"```python\n(.*?)```", text, re.S).group(1)
+    assert block == inspect.getsource(ddpm.ddpm_loss)
+    for name, module in {**SCRIPTS, "unet": unet}.items():
+        lines = (ROOT / f"{name}.py").read_text().splitlines()
+        method = parts(name)[1].count("\n") if name in SCRIPTS else len(lines)
+        row = re.search(rf"^\| `{name}\.py` \|.*\| (\d+) \| ([\d,]+) \|$", text, re.M)
+        assert abs(int(row[1]) - method) <= 1 and int(row[2].replace(",", "")) == len(lines), name
+        guide = re.search(rf"^\*\*{name}\.py\*\*.*?(?=^$|\Z)", text, re.M | re.S).group()
+        for listed in re.findall(r"`(\w+)`", guide):
+            found = hasattr(module, listed) or hasattr(d3pm.CategoricalDiffusion, listed)
+            assert found or hasattr(UNet, listed), f"{name}.py has no {listed}"
+    outside = re.sub(r"<details>.*?</details>|```.*?```", "", text, flags=re.S)
+    assert len(outside.split()) <= 2200
+    pictures = re.findall(r"!\[[^]]*\]\((assets/[^)]+)\)", text)
+    on_disk = {f"assets/{path.name}" for path in (ROOT / "assets").iterdir() if path.is_file()}
+    assert set(pictures) == on_disk
+    assert (ROOT / "assets" / "process.gif").stat().st_size < 300_000
+    assert sum((ROOT / picture).stat().st_size for picture in pictures) < 3_000_000
 
 
 def test_ddim_trains_as_ddpm_does():
