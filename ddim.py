@@ -296,7 +296,7 @@ SETTINGS = dict(  # CIFAR-10, with sources; every key is a flag
     sigma_hat=(False, "DDPM's larger noise instead of eta (App. D.3)"),
     variance=(("eta", "analytic"), "noise of a step: by --eta, or the optimal one (Analytic-DPM)"),
     clip=(False, "clip x_0_hat to [-1, 1]; --sigma-hat and analytic always do (released code)"),
-    weights=("", "published ones: google/ddpm-ema-cifar10-32, or a file or folder of diffusers"),
+    weights=("", "published weights: google/ddpm-ema-cifar10-32, or diffusers' file or folder"),
     num_test=(64, "test images to reconstruct"),
 )
 MNIST = dict(
@@ -335,8 +335,8 @@ def latents(run, n):
 
 def optimal_gamma(run):
     """analytic_gamma of 256 training images, kept beside the checkpoint as gamma.pt."""
-    folder = Path(run.checkpoint).parent if run.checkpoint else run.out
-    folder = run.out.parent if run.weights else folder
+    beside = run.checkpoint and not run.weights  # published weights have no folder of ours
+    folder = Path(run.checkpoint).parent if beside else run.out
     step, path, bf16 = run.arguments["step"], folder / "gamma.pt", run.bf16
     saved = torch.load(path, weights_only=True) if path.exists() else {}
     if saved.get("step", -1) != step:
@@ -672,7 +672,7 @@ def load_folder(run):
 
     Image.MAX_IMAGE_PIXELS = None  # these limits are for servers: here the user chose the files
     PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**30
-    with ThreadPoolExecutor(min(4, os.cpu_count())) as pool:  # more would wait for Python
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:  # more wait for Python
         list(pool.map(read, range(len(rows))))
     if errors:
         raise ValueError(f"{len(errors)} of {len(rows)} images cannot be read: {min(errors)}")

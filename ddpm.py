@@ -259,7 +259,7 @@ SETTINGS = dict(  # the paper's CIFAR-10 run, with sources; every key is a flag
     variance=(("large", "small"), "sigma_t^2: beta_t or beta_tilde_t (Sec. 3.2)"),
     clip=(True, "clip x_0_hat to [-1, 1] (released code)"),
     mix_at=(0, "t of task interpolate, 0: T / 2 (Fig. 8)"),
-    weights=("", "published ones: google/ddpm-ema-cifar10-32, or a file or folder of diffusers"),
+    weights=("", "published weights: google/ddpm-ema-cifar10-32, or diffusers' file or folder"),
     num_test=(256, "test images whose bits/dim are measured"),
 )
 MNIST = dict(
@@ -586,7 +586,7 @@ def load_folder(run):
 
     Image.MAX_IMAGE_PIXELS = None  # these limits are for servers: here the user chose the files
     PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**30
-    with ThreadPoolExecutor(min(4, os.cpu_count())) as pool:  # more would wait for Python
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:  # more wait for Python
         list(pool.map(read, range(len(rows))))
     if errors:
         raise ValueError(f"{len(errors)} of {len(rows)} images cannot be read: {min(errors)}")

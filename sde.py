@@ -509,7 +509,7 @@ SETTINGS = dict(  # CIFAR-10, with sources; every key is a flag
     classifier=("", "checkpoint of the classifier; default: OUT/classifier.pt, trained there"),
     classifier_steps=(100_000, "training steps of the classifier (ours)"),
     dequantize=(False, "train on (v + u) / 256, u uniform, as bits/dim are measured (ours)"),
-    weights=("", "published ones: google/ddpm-ema-cifar10-32, or a file or folder of diffusers"),
+    weights=("", "published weights: google/ddpm-ema-cifar10-32, or diffusers' file or folder"),
     num_test=(64, "test images whose bits/dim are measured"),
     network=(("auto", "unet", "ddpm++", "ncsn++"), "auto: DDPM's unet, but App. H's on cifar10"),
     deep=(False, "ddpm++ and ncsn++: 8 residual blocks a level (App. H)"),
@@ -1022,7 +1022,7 @@ def load_folder(run):
 
     Image.MAX_IMAGE_PIXELS = None  # these limits are for servers: here the user chose the files
     PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**30
-    with ThreadPoolExecutor(min(4, os.cpu_count())) as pool:  # more would wait for Python
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:  # more wait for Python
         list(pool.map(read, range(len(rows))))
     if errors:
         raise ValueError(f"{len(errors)} of {len(rows)} images cannot be read: {min(errors)}")

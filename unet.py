@@ -212,7 +212,7 @@ class UNet(nn.Module):
 
 # ---- Published weights ---------------------------------------------------------------------------
 
-# Our names and diffusers', which had other ones for the layers of its attention once.
+# Our names -> diffusers' names. Its older files name the layers of an attention differently.
 NEW_NAMES = {"time_mlp.0": "time_embedding.linear_1", "time_mlp.2": "time_embedding.linear_2",
              "norm_out": "conv_norm_out", "temb": "time_emb_proj", "shortcut": "conv_shortcut",
              "mid_blocks.0": "mid_block", "attention.norm": "group_norm", "attention.q": "to_q",
@@ -260,19 +260,27 @@ def read_weights(file):
         raise ValueError(f"{file} is missing, damaged or not a file of float32 weights") from error
 
 
+def download(url, files):
+    """The first of files (paths) that is at url under its name. OSError if none can be had."""
+    for file in files:
+        try:
+            return torch.hub.download_url_to_file(f"{url}/{file.name}", file)
+        except (OSError, http.client.HTTPException) as error:
+            reason = error
+    first = files[0]
+    raise OSError(f"cannot download {url}/{first.name} ({reason}): put it into {first.parent}")
+
+
 def published(name):
     """What a checkpoint of ddpm.py holds, of published CIFAR-10 weights: a file or a folder for
     load_published, or a model of the Hugging Face hub, downloaded once, into torch's cache."""
     path = Path(name)
     if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        path = Path(torch.hub.get_dir(), "checkpoints", f"{name.replace('/', '--')}.safetensors")
-        url = f"https://huggingface.co/{name}/resolve/main/diffusion_pytorch_model.safetensors"
-        try:
-            if not path.exists():
-                path.parent.mkdir(parents=True, exist_ok=True)
-                torch.hub.download_url_to_file(url, path)
-        except (OSError, http.client.HTTPException) as error:
-            raise OSError(f"cannot download {url} ({error}): save it as {path}") from error
+        path = Path(torch.hub.get_dir(), "checkpoints", name.replace("/", "--"))
+        path.mkdir(parents=True, exist_ok=True)
+        files = [path / f"diffusion_pytorch_model.{kind}" for kind in ("safetensors", "bin")]
+        if not any(file.is_file() for file in files):
+            download(f"https://huggingface.co/{name}/resolve/main", files)
     net = UNet()
     net.load_published(path)
     settings = dict(dataset="cifar10", image_channels=3, image_size=(32, 32), channels=128,
@@ -414,10 +422,12 @@ class ScoreUNet(nn.Module):
 
 
 def ddpm_plus_plus(*args, **options):
-    """DDPM++, for the VP and sub-VP SDEs: t is 999 times the SDE's time, which ends at 1."""
+    """DDPM++, for the VP and sub-VP SDEs: t is 999 times the SDE's time, which ends at 1. Arguments
+    as ScoreUNet's, up to image_size; num_res_blocks is 4, or 8 for the deep network."""
     return ScoreUNet(*args, **options)
 
 
 def ncsn_plus_plus(*args, **options):
-    """NCSN++ cont., for the VE SDE: t is log sigma, and the output / sigma is the score."""
+    """NCSN++ cont., for the VE SDE: t is log sigma, and the output / sigma is the score. Arguments
+    as for ddpm_plus_plus."""
     return ScoreUNet(*args, **options, fir=True, progressive_input=True, fourier=True)
