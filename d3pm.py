@@ -1,12 +1,12 @@
 """Diffusion on categories: Multinomial Diffusion (Hoogeboom et al. 2021, arXiv:2102.05379) and D3PM
-(Austin, Johnson, Ho, Tarlow, van den Berg 2021, arXiv:2107.03006). Numbers are those of D3PM.
+(Austin, Johnson, Ho, Tarlow, van den Berg 2021, arXiv:2107.03006). Bare numbers are D3PM's.
 
 Implements: Eq. (1), (2), (3), (4), (5), (18); Table 1; and of Multinomial Diffusion Eq. (13).
 
     t               time, 1 (almost data) ... T (noise)         (B,) int64; the network gets t - 1
     x_0, x_t        data, and data after t steps of noise       (B, ...) int64 in 0..K-1
     Q, Q_bar        one step's matrix; product of steps 1..t    (K, K), [i, j]: from i to j
-    beta            probability of a jump; Gaussian: 2 variance (T + 1,), index = t, beta[0] = 0
+    beta            jump probability; Gaussian: 2 x variance    (T + 1,), index = t, beta[0] = 0
     alpha_bar       product of 1 - beta_1 ... 1 - beta_t        (T + 1,), alpha_bar[0] = 1
     model(x_t, t)   the network: logits of p~(x_0 | x_t)        (B, ..., K)
 
@@ -18,12 +18,12 @@ Implements: Eq. (1), (2), (3), (4), (5), (18); Table 1; and of Multinomial Diffu
 
 theta_post of the first paper is Eq. (4) with the uniform transition. Deviations from the papers:
 1. The hybrid loss as released: one random term of L_vb, without the factor T, + hybrid * CE; a mean
-   over positions, in nats (released: bits for images, a sum for text, which clipping notices).
+   over positions, in nats (released: bits for images, a sum for text, which matters to clipping).
 2. The Gaussian's beta is multiplied by 1000 / T where T < 1000, so that the noise still mixes.
 3. x_t is drawn from q itself; the released code adds 1e-6 to every probability. The EMA decay
    after n steps is min(decay, (1 + n) / (10 + n)).
 4. Text: one Transformer of torch's layers for both papers, with a convolution before it.
-5. --method multinomial: t is uniform and the learning rate constant, as in D3PM.
+5. --method multinomial: t is uniform, as in D3PM, and the learning rate constant.
 """
 
 import argparse
@@ -89,14 +89,14 @@ def published_beta(transition, T):
         alpha_bar = ((t / T + 0.008) / 1.008 * math.pi / 2).cos()  # D3PM Eq. (18), a misprint fixed
         later = (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=0.999)  # the cap: released code
     elif transition == "absorbing":
-        later = 1 / (T - t[1:] + 1)  # Sec. 3.1: x_0 has lost t / T of its states after t steps
+        later = 1 / (T - t[1:] + 1)  # Sec. 3.2: x_0 has lost t / T of its states after t steps
     else:
         later = torch.linspace(1e-4, 0.02, T, dtype=torch.float64) * max(1, 1000 / T)
     return torch.cat([torch.zeros(1, dtype=torch.float64), later])
 
 
 def precision(device):
-    """The dtype of tables: float64, which only mps does not have."""
+    """The dtype of tables: float64, which only mps lacks."""
     return torch.float32 if torch.device(device).type == "mps" else torch.float64
 
 
@@ -120,7 +120,7 @@ def categorical(probs):
 class CategoricalDiffusion:
     """The forward process q on K states: independent for every position of x (B, ...).
 
-    transition "uniform" or "absorbing": a state stays with probability 1 - beta and is else drawn
+    transition "uniform" or "absorbing": a state stays with probability 1 - beta, else it is drawn
     from `prior`, so that everything is a closed form in beta and alpha_bar. "gaussian": the T
     matrices and their products are tables (T + 1, K, K). Tables are float64. beta (T + 1,): None
     for the published one; mask: the absorbing state, None for K // 2. ValueError: anything
@@ -131,7 +131,7 @@ class CategoricalDiffusion:
         if transition not in ("uniform", "absorbing", "gaussian"):
             raise ValueError(f"transition {transition!r} is not uniform, absorbing or gaussian")
         if K < 2 or T < 1:
-            raise ValueError(f"K = {K} states, T = {T} steps: not K >= 2, T >= 1")
+            raise ValueError(f"K = {K} states, T = {T} steps: need K >= 2, T >= 1")
         if mask is not None and (transition != "absorbing" or not 0 <= mask < K):
             raise ValueError(f"mask {mask}: only an absorbing transition has one, in 0..{K - 1}")
         if beta is None and transition == "gaussian" and K < 16:
@@ -155,19 +155,19 @@ class CategoricalDiffusion:
                 self.products[t] = self.products[t - 1] @ self.matrices[t]  # of D3PM Eq. (3)
 
     def to(self, device):
-        """Move the tables, in place as a module does it."""
+        """Move the tables, in place like a module."""
         for name in {"beta", "prior", "alpha_bar", "matrices", "products"} & vars(self).keys():
             setattr(self, name, getattr(self, name).to(device, precision(device)))
         return self
 
     def closed_form(self, jump):
-        """(K, K): each state stays with probability 1 - jump and is else drawn from the prior."""
+        """(K, K): each state stays with probability 1 - jump, else it is drawn from the prior."""
         if self.transition == "uniform":
             return uniform_matrix(self.K, jump.item())
         return absorbing_matrix(self.K, jump.item(), self.mask)
 
     def Q(self, t):
-        """(K, K), t an int in 0..T; for looking at: only the Gaussian computes with matrices."""
+        """(K, K), t an int in 0..T; for inspection: only the Gaussian computes with matrices."""
         gaussian = self.transition == "gaussian"
         return self.matrices[t] if gaussian else self.closed_form(self.beta[t])
 
@@ -258,7 +258,7 @@ def record_steps(T):
 @torch.no_grad()
 def d3pm_sample(model, x_T, diffusion, final_mode=False, t_start=None, record=None):
     """x_T ~ p(x_T) -> x_0, like x_T (B, ...), in T evaluations of the model. final_mode: x_0 is the
-    mode of p(x_0 | x_1), as released, and not drawn. t_start: begin at this step, with x_T for its
+    mode of p(x_0 | x_1), as released, and not drawn. t_start: begin at this step, with x_T as its
     x_t. record: a list that gets x_t at the steps of record_steps, and x_0."""
     x_t, t_start = x_T, t_start or diffusion.T
     recorded = () if record is None else record_steps(t_start)
@@ -293,7 +293,7 @@ def skip_steps(model, diffusion, tau):
 
 @torch.no_grad()
 def bits_per_dim(model, x_0, diffusion):
-    """The variational bound on -log2 p(x_0), in bits per position of x_0 (B, ...), one x_t a term:
+    """The variational bound on -log2 p(x_0), in bits per position of x_0 (B, ...), one x_t each:
     "total" (B,), "L_T" (B,), "L_t" (B, T - 1): the terms of t = 2..T in this order, "L_0" (B,)."""
     precise, terms = diffusion.beta.dtype, []
     for step in range(1, diffusion.T + 1):
@@ -311,10 +311,10 @@ def bits_per_dim(model, x_0, diffusion):
 
 def infill(model, x, known, diffusion, record=None):
     """x_0 like x (B, ...) whose positions are x's where known is True; known broadcasts against x.
-    The others begin as masks, at the t that masks so many on average. Predicting what is known
-    with certainty keeps it: Eq. (4) leaves no state but the mask. ValueError if not absorbing."""
+    The others begin as masks, at the t that masks that many on average. The known are predicted
+    with certainty, and stay: in Eq. (4) only a mask changes. ValueError if not absorbing."""
     if diffusion.transition != "absorbing":
-        raise ValueError("only the absorbing transition says which positions are to be filled in")
+        raise ValueError("only the absorbing transition marks the positions to fill in")
     certain = F.one_hot(x, diffusion.K).log()  # 0 at x, -inf elsewhere
 
     def informed(x_t, t):
@@ -334,7 +334,7 @@ def residual_logits(output, x_t):
 def discretized_logistic_logits(mean, log_scale, K):
     """Logits (..., K) of a logistic distribution cut to K equal bins around -1 ... 1, App. A.8, of
     this mean (...) and scale exp(log_scale - 2), as released."""
-    half = 1 / (K - 1)  # of a bin's width
+    half = 1 / (K - 1)  # half a bin's width
     centre = torch.linspace(-1, 1, K, dtype=mean.dtype, device=mean.device) - mean[..., None]
     sharpness = (2 - log_scale[..., None]).exp()
     upper, lower = (centre + half) * sharpness, (centre - half) * sharpness
@@ -372,16 +372,16 @@ SETTINGS = dict(  # D3PM's best CIFAR-10 run, with sources; every key is a flag
     image_size=(32, 32), channels=128, channel_mult=(1, 2, 2, 2), num_res_blocks=2,  # DDPM's
     attention_resolutions=(16,), warmup=0, lr_decay=0.0, grad_clip=1.0,  # released code
     num_samples=100, sample_batch_size=64, log_every=100, save_every=5000,  # ours
-    method=(("d3pm", "multinomial"), "whose settings"),
+    method=(("d3pm", "multinomial"), "which paper's settings"),
     transition=(("auto", "gaussian", "absorbing", "uniform"), "App. A.2; auto: the data set's"),
     T=(1000, "steps of the process (App. B.2)"),
-    levels=(256, "K of images, whose bits/dim are those of K levels"),
+    levels=(256, "K for images: bits/dim are those of K grey levels"),
     head=(("logistic", "residual"), "images: a logistic (App. A.8), or logits added to x_t"),
     hybrid=(0.001, "weight of the cross entropy, lambda in Eq. (5) (App. B.2)"),
-    num_steps=(0, "of --T: samples and bound skip the others (Table 1); 0: all"),
+    num_steps=(0, "steps of samples and bound, out of --T (Table 1); 0: all"),
     final_mode=(False, "end in the mode of p(x_0 | x_1) (released code)"),
-    length=(256, "text: characters of a chunk"), layers=(12, "text: its layers"),  # App. B.1
-    width=(768, "text: its channels"), heads=(12, "text: its attention's heads"),  # released code
+    length=(256, "text: characters of a chunk"), layers=(12, "text: layers"),  # App. B.1
+    width=(768, "text: channels"), heads=(12, "text: attention heads"),  # released code
     num_test=(64, "test examples to measure or to fill in"),
 )
 MNIST = dict(  # ours
@@ -395,7 +395,7 @@ TEXT8 = dict(  # D3PM, App. B.1
 )
 PRESETS = {  # changes to SETTINGS
     "cifar10": {}, "folder": dict(flip=False), "mnist": MNIST, "fashion_mnist": MNIST,
-    # Not in the papers: sized for minutes on a laptop. T is the number of pixels; with so few steps
+    # Not in the papers: for minutes on a laptop. T is the number of pixels; with so few steps
     # the cross entropy has to outweigh the bound.
     "digits": dict(
         transition="absorbing", levels=5, head="residual", hybrid=1.0, T=256, image_size=(16, 16),
@@ -449,8 +449,8 @@ def load_text(run, train):
                 os.replace(urllib.request.urlretrieve(TEXT8_URL, f"{path}.part")[0], path)
             text = zipfile.ZipFile(path).read("text8").decode()
         except (OSError, KeyError, zipfile.BadZipFile) as error:
-            raise OSError(f"cannot read {path} or download it from {TEXT8_URL} ({error}); without "
-                          "a network put it there") from error
+            raise OSError(f"cannot read {path} or download it from {TEXT8_URL} ({error}); if "
+                          "offline, put the file there") from error
         if RANK == 0 and WORLD > 1:
             dist.barrier()
     else:
@@ -462,8 +462,8 @@ def load_text(run, train):
         text = re.sub("[\u0300-\u036f]", "", text)
         lost = re.sub(r"[a-z\W\d_]", "", text)
         if 2 * len(lost) > len(re.sub(r"[\W\d_]", "", text)):
-            raise ValueError(f"{run.dataset}: most letters are not of a Latin alphabet, such as "
-                             f"{''.join(sorted(set(lost))[:10])}, and would be dropped")
+            raise ValueError(f"{run.dataset}: most letters are not Latin and would be dropped: "
+                             f"{''.join(sorted(set(lost))[:10])}")
         text = re.sub("[^a-z]+", " ", text)
     if len(text) < 40 * run.length:  # 2 chunks for testing
         raise ValueError(f"{run.dataset} has {len(text)} letters and spaces: --length "
@@ -483,7 +483,7 @@ def load_chunks(run):
     except (ValueError, OSError) as error:
         if not run.checkpoint or run.task != "sample":
             raise
-        report(f"process.txt goes without its first part: {error}")
+        report(f"process.txt lacks its first part: {error}")
     if not run.trains:
         return None
     return [load_text(run, train=True).to(run.device).unfold(0, run.length, 1)]
@@ -507,10 +507,10 @@ class Transformer(nn.Module):
     def __init__(self, length, width, layers, heads, dropout):
         super().__init__()
         if width % heads or width % 2 or width < 4:
-            raise ValueError(f"--width {width} is not even, a multiple of {heads} heads, 4 or more")
+            raise ValueError(f"--width {width} must be even, >= 4 and a multiple of --heads")
         torch.backends.mha.set_fastpath_enabled(False)  # on CUDA its GELU differs from training's
         self.token = nn.Embedding(len(ALPHABET), width)
-        self.neighbours = nn.Conv1d(width, width, 9, padding=4)  # slow to find by attention alone
+        self.neighbours = nn.Conv1d(width, width, 9, padding=4)  # slow to learn by attention alone
         self.position = nn.Parameter(torch.randn(length, width))
         wide = nn.Linear(width, 4 * width)
         self.time_mlp = nn.Sequential(wide, nn.SiLU(), nn.Linear(4 * width, width))
@@ -577,7 +577,7 @@ def bpd(run):
 
 
 def filling(run):
-    """Test examples of which the first half, then about every second position is known."""
+    """Test examples of which the first half is known, then a random half."""
     x, completions, rows = to_states(run, run.test[: run.num_test]), 3, []
     places = run.shape[-1:] if run.text else run.shape[-2:]
     first = torch.arange(math.prod(places), device=run.device) < math.prod(places) // 2
@@ -607,7 +607,7 @@ def check(run):
         if run.dataset != saved["dataset"] and run.text != was_text:
             raise ValueError(f"--dataset {run.dataset}: the checkpoint is of "
                              f"{'text' if was_text else 'images'}")
-        run.text = was_text  # of a file that may be gone
+        run.text = was_text  # the file may be gone
     if run.text and run.flip:
         raise ValueError("--flip mirrors images, not text")
     if run.method == "multinomial" and (run.transition != "uniform" or run.hybrid):
@@ -660,24 +660,24 @@ IMAGE_TYPES = ".jpg .jpeg .jfif .png .webp .bmp .gif .tif .tiff .ppm .pgm".split
 COMMON = dict(  # flags of every script beside its settings
     dataset=("digits", "digits, mnist, fashion_mnist, cifar10 or a folder of images"),
     data_dir=("data", "where torchvision downloads to"),
-    image_channels=(0, "1 for grey, 3 for colour, 0 for what the images are"),
+    image_channels=(0, "1 for grey, 3 for colour, 0 for the images' own"),
     out=("", "run folder, by default runs/SCRIPT-DATASET, or TASK beside the checkpoint"),
     checkpoint=("", "do not train, take the EMA weights and settings of this file"),
     resume=(False, "continue the training in the run folder"),
     seed=(0, "of all random numbers"),
-    device=("auto", "cuda, mps or cpu; auto takes the first there is"),
+    device=("auto", "cuda, mps or cpu; auto takes the first available"),
     compile=(False, "torch.compile the network"),
     bf16=(False, "run the network in bfloat16, except where likelihoods are measured"),
 )
 HELP = dict(  # of the settings that all scripts share
-    steps="training steps", batch_size="examples a step, of all processes together",
+    steps="training steps", batch_size="examples per step, over all processes",
     lr="Adam's learning rate", warmup="steps until the rate reaches --lr",
     lr_decay="p: after the warmup the rate falls as step^-p",
     image_size="pixels, N or H W: other images are resized",
-    grad_clip="largest gradient norm, 0: any", ema_decay="of averaged weights, 0: no average",
+    grad_clip="largest gradient norm, 0: no limit", ema_decay="of averaged weights, 0: no average",
     flip="mirror training images at random",
     channels="of the U-Net's first level", channel_mult="channels of each level / --channels",
-    num_res_blocks="residual blocks of a level", attention_resolutions="sizes with attention",
+    num_res_blocks="residual blocks per level", attention_resolutions="sizes with attention",
     dropout="rate in the network", num_samples="examples to sample",
     sample_batch_size="examples sampled or tested at a time",
     log_every="steps between log lines", save_every="steps between checkpoints",
@@ -686,7 +686,7 @@ NETWORK = ("image_channels", "image_size", "channels", "channel_mult", "num_res_
            "attention_resolutions", "dropout")
 MAY_BE_0 = ("image_channels seed warmup lr_decay grad_clip ema_decay dropout hybrid guidance eta "
             "data_noise sigma_max levels eps mix_at num_steps").split()
-ADVICE = {  # for errors of the machine: what their text has in it, and what to do
+ADVICE = {  # patterns in the text of the machine's errors, and what to do
     "allocate|out of memory|ALLOC_FAILED": "the memory is full: lower --batch-size, "
                                            "--sample-batch-size, --channels or --image-size",
     "[Cc]ompiler": "--compile needs a C++ compiler (g++ or clang): install one or leave it out",
@@ -709,7 +709,7 @@ def fail(message):
 def one_line_errors():
     """What a user can get wrong, or the machine lacks, ends with one line and exit code 2."""
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # a code page may lack a folder's name
+        stream.reconfigure(errors="backslashreplace")  # a code page may lack a letter of a path
     try:
         yield
     except (ValueError, OSError, RuntimeError) as error:
@@ -729,7 +729,7 @@ def seed_all(*key):
 def read_args(argv, settings, preset, tasks, fixed=(), reads=(), published=None):
     """The arguments, `run`: a flag beats the checkpoint's value, which beats preset(arguments),
     which beats settings, {name: value or (value, help)}. What is `fixed` must agree with the
-    checkpoint; reads: other scripts whose checkpoints will do; published: a function of --weights.
+    checkpoint; reads: other scripts whose checkpoints it takes; published: it reads --weights.
     """
     parser = argparse.ArgumentParser(f"{SCRIPT}.py", None, __doc__.split("\n\n")[0], add_help=False,
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -749,7 +749,7 @@ def read_args(argv, settings, preset, tasks, fixed=(), reads=(), published=None)
     out, loaded, saved = f"runs/{SCRIPT}-{Path(early.dataset).resolve().name}", None, {}
     weights = published and early.weights
     if bool(weights) + bool(early.checkpoint) + early.resume > 1:
-        fail("--resume takes the run folder's own checkpoint: leave out --checkpoint or --weights")
+        fail("--checkpoint, --weights and --resume exclude each other: leave out all but one")
     if weights:
         out, loaded = f"runs/{SCRIPT}-{Path(weights).name}/{early.task}", published(weights)
     elif early.checkpoint:
@@ -765,7 +765,7 @@ def read_args(argv, settings, preset, tasks, fixed=(), reads=(), published=None)
             saved = {key: saved[key] for key in saved.keys() & known}
         early.dataset = saved["dataset"]
     parser.set_defaults(**{"classes": ()} | preset(early) | saved)
-    parser.add_argument("-h", "--help", action="help", help="show this text, for a --dataset")
+    parser.add_argument("-h", "--help", action="help", help="show this text for a given --dataset")
     run = parser.parse_args(argv)
     run.checkpoint = run.checkpoint or weights
     if len(run.image_size) > 2:
@@ -841,7 +841,7 @@ def load_folder(run):
     if len(rows) < len(files):
         report(f"{root}: {len(files) - len(rows)} other files are left out")
     if all(for_test for for_test, _ in rows):
-        raise ValueError(f"{root} holds {len(rows)} images ({' '.join(IMAGE_TYPES)}): 2 are needed")
+        raise ValueError(f"{root} has {len(rows)} images ({' '.join(IMAGE_TYPES)}): add some more")
     class_of = {path: (*path.parts[split:-1], "")[0] for _, path in rows}
     run.classes = run.classes or tuple(sorted({*class_of.values()} - {""}))
     rows = sorted(row for row in rows if row[0] or run.trains)  # training images come first
@@ -856,7 +856,7 @@ def load_folder(run):
         try:
             image = Image.open(file)
             if image.mode[0] in "IF":
-                raise ValueError("more than 8 bits a channel: convert it to 8")
+                raise ValueError("more than 8 bits per channel: convert it to 8")
             with contextlib.suppress(Exception):  # ignore a broken EXIF block
                 image = ImageOps.exif_transpose(image)
             if image.has_transparency_data:
@@ -869,7 +869,7 @@ def load_folder(run):
 
     Image.MAX_IMAGE_PIXELS = None  # these limits are for servers: here the user chose the files
     PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**30
-    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:  # more wait for Python
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:  # more would wait for Python
         list(pool.map(read, range(len(rows))))
     if errors:
         raise ValueError(f"{len(errors)} of {len(rows)} images cannot be read: {min(errors)}")
@@ -891,7 +891,7 @@ def load_images(run):
         try:
             parts = [kind(root, train=train, download=not own) for train in (True, False)]
         except (RuntimeError, OSError) as error:
-            raise OSError(f"cannot download {run.dataset} ({error}): put torchvision's files of it "
+            raise OSError(f"cannot download {run.dataset} ({error}): put torchvision's copy "
                           f"below {root}") from error
         if RANK == 0 and WORLD > 1:
             dist.barrier()
@@ -910,14 +910,14 @@ def load_images(run):
 
 def load_data(run):
     """Training images and labels, on the device if they are small; sets run.test and
-    run.test_labels, in an order that --seed draws. Samples need no data: there both may be None."""
+    run.test_labels, in an order that --seed draws. Sampling needs no data: both may be None."""
     run.test, run.unlabelled = None, []
     try:
         train, test = load_images(run)
     except (ValueError, OSError) as error:
         if not run.checkpoint or run.task != "sample":
             raise
-        report(f"process.png goes without its first row: {error}")
+        report(f"process.png lacks its first row: {error}")
         return None
     order = torch.randperm(len(test[0]), generator=torch.Generator().manual_seed(run.seed))
     run.test, run.test_labels = (part[order].to(run.device) for part in test)
@@ -951,8 +951,8 @@ def save_checkpoint(path, state):
 
 
 def load_checkpoint(path, methods):
-    """The checkpoint, on the CPU. weights_only keeps a hostile file from running code; a flipped
-    byte is data to torch.load, not to the archive's checksums."""
+    """The checkpoint, on the CPU. weights_only keeps a hostile file from running code; torch.load
+    accepts a flipped byte, the archive's checksums do not."""
     if not Path(path).is_file():
         raise ValueError(f"there is no checkpoint {path}")
     try:
@@ -1038,8 +1038,8 @@ def fit(net, loss_fn, data, run):
             stopped = stops > 0
             running.zero_()
             if count == 0:
-                fail(f"since the last log line, to step {step}, no loss is finite: lower --lr")
-            pace = (time.time() - start) / (step - first)  # seconds a step
+                fail(f"no loss was finite since the last log line (step {step}): lower --lr")
+            pace = (time.time() - start) / (step - first)  # seconds per step
             left = datetime.timedelta(seconds=round(pace * (run.steps - step)))
             report(f"step {step} of {run.steps}: loss {total / count:.4f}, "
                    f"{run.batch_size / pace:.0f} examples/s, {left} left")
@@ -1077,7 +1077,7 @@ def save_grid(images, path, columns, labels=()):
 def save_images(draw, run):
     """Make images/NNNNNN.png of draw(first, n, record) -> (n, C, H, W) uint8, in batches: functions
     of (seed, first), so that processes share them and what exists is not drawn again. Returns at
-    most 100 images, and the states of the first batch if it was drawn here and now."""
+    most 100 images, and the states of the first batch if this call drew it."""
     folder, record = run.out / "images", []
     if RANK == 0 and run.results.get("arguments") != run.arguments:
         shutil.rmtree(folder, ignore_errors=True)  # they are images of other settings
@@ -1111,7 +1111,7 @@ def save_results(run, **entries):
 
 def do_tasks(run, tasks, also=()):
     """Do run.task and, after training for `sample`, the tasks `also`; what they return goes into
-    results.json, with what repeats it."""
+    results.json, with what it takes to repeat them."""
     if run.checkpoint:  # the same command will continue
         save_results(run, arguments=run.arguments)
     for name in (run.task, *(also if run.task == "sample" and not run.checkpoint else ())):

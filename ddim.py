@@ -17,13 +17,13 @@ Analytic-DPM (Bao, Li, Zhu, Zhang 2022, arXiv:2201.06503), Theorems 1 and 2.
 
 README.md has measured results. Deviations from the paper and the released code:
 1. tau has S distinct steps and ends at T; the released lists have other counts, repeat steps and
-   end between 0.8 T and 0.99 T. Encoding starts with eps at t = 1: the network knows no t = 0.
+   end between 0.8 T and 0.99 T. Encoding starts with eps at t = 1: there is no eps(x_0, 0).
 2. Training is DDPM's, whose weights gave the published CIFAR-10 numbers: means over dimensions,
    warmup, gradient clipping, independent t; EMA decay min(decay, (1 + n) / (10 + n)).
-3. The sigma-hat row of Table 1 clips x_0_hat to [-1, 1], as released; all others do not.
+3. The sigma-hat row of Table 1 clips x_0_hat to [-1, 1], as released; the other rows do not.
 4. The bundled digits, which are not in the paper, have T = 250, beta from 0.008 to 0.04.
-5. Analytic-DPM: x_0_hat is clipped and eps derived again from it, and the last noise is limited to
-   two pixel levels, in every case; the released code does the first not, the second for some.
+5. Analytic-DPM: eps is derived again from the clipped x_0_hat (released: eps is kept), and the last
+   noise is always limited to two pixel levels (released: to one or two).
 """
 
 import argparse
@@ -66,7 +66,7 @@ class Schedule:
 
     def __init__(self, T=1000, beta_1=1e-4, beta_T=0.02):
         if T < 2 or not 0 < beta_1 <= beta_T < 1:
-            raise ValueError(f"T = {T}, beta from {beta_1} to {beta_T}: not T >= 2, 0 < beta < 1")
+            raise ValueError(f"need T >= 2, 0 < beta_1 <= beta_T < 1, not {T}, {beta_1}, {beta_T}")
         self.T = T
         self.beta = torch.zeros(T + 1, dtype=torch.float64)
         self.beta[1:] = torch.linspace(beta_1, beta_T, T, dtype=torch.float64)  # Eq. (2), Sec. 4
@@ -79,7 +79,7 @@ class Schedule:
         self.beta_tilde[1:] = ratio * self.beta[1:]  # Eq. (7)
 
     def to(self, device):
-        """Move the tables, in place as a module does it (float32 on mps, which has no float64)."""
+        """Move the tables, in place like a module (float32 on mps, which has no float64)."""
         dtype = torch.float32 if torch.device(device).type == "mps" else torch.float64
         for name in ("beta", "alpha", "alpha_bar", "beta_tilde"):
             setattr(self, name, getattr(self, name).to(device, dtype))
@@ -98,16 +98,16 @@ def q_sample(x_0, t, eps, schedule):
 
 
 def eps_model(net):
-    """The model of this file, t = 1..T, from a network that counts time from 0, as the released
-    one does: its weights expect t - 1."""
+    """model(x_t, t) for t = 1..T from a network that counts time from 0: the released weights
+    expect t - 1."""
     return lambda x_t, t: net(x_t, t - 1)
 
 
 def ddim_loss(model, x_0, schedule):
     """Scalar: mean over the batch and all dimensions; x_0 in [-1, 1].
 
-    It knows the marginals q(x_t | x_0) alone, which the processes of all sigma share: one network
-    serves them all, and DDPM's network is one of these (Theorem 1).
+    It depends only on the marginals q(x_t | x_0), which the processes of all sigma share: one
+    network serves them all, and DDPM's will do (Theorem 1).
     """
     t = torch.randint(1, schedule.T + 1, (len(x_0),), device=x_0.device)
     eps = torch.randn_like(x_0)
@@ -130,7 +130,7 @@ def timesteps(T, S, spacing="linear"):
 
 
 def sigma_tensor(t, s, eta, schedule):
-    """ddim_sigma as a 0-dimensional tensor where the schedule is."""
+    """ddim_sigma as a 0-dimensional tensor on the schedule's device."""
     alpha_bar_t, alpha_bar_s = schedule.alpha_bar[t], schedule.alpha_bar[s]
     variance = (1 - alpha_bar_s) / (1 - alpha_bar_t) * (1 - alpha_bar_t / alpha_bar_s)
     return eta * variance.sqrt()  # Eq. (16)
@@ -148,7 +148,7 @@ def ddim_step(x_t, eps, t, s, schedule, eta=0.0, noise=None, clip=False):
     eta = 0, and only then, s > t makes the same step towards the noise.
     """
     if not 0 <= eta <= 1 or (eta > 0 and s > t):
-        raise ValueError(f"eta is {eta} from t = {t} to {s}: not in [0, 1], or 0 where s > t")
+        raise ValueError(f"eta is {eta} from t = {t} to {s}: it must be in [0, 1], 0 if s > t")
     alpha_bar_t, alpha_bar_s = schedule.alpha_bar[t], schedule.alpha_bar[s]
     signal, std = alpha_bar_t.sqrt().to(x_t.dtype), (1 - alpha_bar_t).sqrt().to(x_t.dtype)
     x_0_hat = (x_t - std * eps) / signal  # Eq. (9)
@@ -174,10 +174,10 @@ def ddim_sample(model, x_T, schedule, tau, eta=0.0, clip=False, sigma_hat=False,
                 gamma=None):
     """x_T ~ N(0, I) -> x_0, like x_T, in len(tau) evaluations of the model; tau from `timesteps`.
 
-    eta (Table 1, Fig. 5) 0: DDIM, deterministic; 1: DDPM's sampler, at tau = 1..T that with the
-    small variance.
-    sigma_hat: the mean of eta = 1, the larger noise of DDPM's other variance (App. D.3).
-    gamma: from analytic_gamma; the mean of eta, the noise of analytic_sigmas. ValueError if both.
+    eta (Table 1): 0 is DDIM, deterministic (Fig. 5); 1 is DDPM's sampler, with exactly its small
+    variance if tau = 1..T.
+    sigma_hat: the mean of eta = 1 with the noise of DDPM's larger variance (App. D.3).
+    gamma: of analytic_gamma; the mean of eta, noise of analytic_sigmas. ValueError with sigma_hat.
     record: a list that gets x_t at 15 of tau's steps, from T down (all, if fewer), and x_0.
     """
     if sigma_hat and gamma is not None:
@@ -210,8 +210,8 @@ def ddim_sample(model, x_T, schedule, tau, eta=0.0, clip=False, sigma_hat=False,
 def ddim_encode(model, x_0, schedule, tau):
     """x_0 -> x_T, like x_0: the ODE that DDIM discretises, integrated upwards (Sec. 4.3).
 
-    Each Euler step from s to the next t of tau takes eps at its start, (x_s, s), where the model
-    knows no s = 0 and gets 1. len(tau) evaluations; ddim_sample with eta = 0 decodes (Table 2).
+    Each Euler step from s to the next t of tau takes eps at its start, (x_s, s), but gives the
+    model 1 for s = 0. len(tau) evaluations; ddim_sample with eta = 0 decodes (Table 2).
     """
     x_s, s = x_0, 0
     for t in tau:
@@ -223,7 +223,7 @@ def ddim_encode(model, x_0, schedule, tau):
 def slerp(z_0, z_1, fraction):
     """Spherical interpolation, like z_0: z_0 at fraction 0, z_1 at 1 (App. D.5).
 
-    The angle is taken image by image over all dimensions; at 0 or pi they mix linearly. Fig. 6.
+    Each image has its own angle, over all dimensions; at 0 or pi the mixing is linear. Fig. 6.
     """
     a, b = z_0.flatten(1), z_1.flatten(1)
     cosine = (a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1))
@@ -306,7 +306,7 @@ MNIST = dict(
 PRESETS = {  # changes to SETTINGS
     "cifar10": {}, "mnist": MNIST, "fashion_mnist": MNIST,
     "folder": dict(flip=False, spacing="linear"),  # App. D.2
-    # Not in the paper: sized for minutes on a laptop. T beta is a quarter of the paper's, as less
+    # Not in the paper: trains in minutes on a laptop. The betas sum to 6, not to 10, as less
     # noise hides an image of 16x16 pixels.
     "digits": dict(
         T=250, beta_1=0.008, beta_T=0.04, spacing="linear", num_steps=20, image_size=(16, 16),
@@ -335,7 +335,7 @@ def latents(run, n):
 
 def optimal_gamma(run):
     """analytic_gamma of 256 training images, kept beside the checkpoint as gamma.pt."""
-    beside = run.checkpoint and not run.weights  # published weights have no folder of ours
+    beside = run.checkpoint and not run.weights  # published weights lie in no run folder
     folder = Path(run.checkpoint).parent if beside else run.out
     step, path, bf16 = run.arguments["step"], folder / "gamma.pt", run.bf16
     saved = torch.load(path, weights_only=True) if path.exists() else {}
@@ -375,7 +375,7 @@ def sample(run):
 
 
 def sweep(run):
-    """Table 1 as pictures: the same x_T for every eta and number of steps; and Analytic-DPM."""
+    """Table 1 and Fig. 5 as pictures: one x_T for every eta and number of steps; Analytic-DPM."""
     x_T, rows, table, gamma = latents(run, 10), [], [], optimal_gamma(run)
     run.model(x_T, torch.ones(len(x_T), device=run.device))  # the first call is slower
     options = {str(eta): dict(eta=eta, clip=run.clip) for eta in (0.0, 0.2, 0.5, 1.0)}
@@ -434,7 +434,7 @@ def main(argv=None):
         schedule_of = ("T", "beta_1", "beta_T")
         run = read_args(argv, SETTINGS, preset, TASKS, schedule_of, ("ddpm",), published)
         schedule = Schedule(run.T, run.beta_1, run.beta_T)
-        steps = run.num_steps if run.task in ("sample", "interpolate") else 1  # others: a table's
+        steps = run.num_steps if run.task in ("sample", "interpolate") else 1  # others: fixed lists
         run.tau = timesteps(run.T, steps, run.spacing)
         ddim_step(torch.zeros(1), torch.zeros(1), run.T, 0, schedule, run.eta)  # refuses a bad eta
         if run.sigma_hat and run.variance == "analytic":
@@ -443,7 +443,7 @@ def main(argv=None):
         setup(run)
         if schedule.alpha_bar[-1] > 0.01:
             report(f"alpha_bar_T = {schedule.alpha_bar[-1]:.2f} leaves data in x_T: multiply "
-                   "--beta-1 and --beta-T by 1000 / T, below 1")
+                   "--beta-1 and --beta-T by 1000 / T, but keep both below 1")
         run.data = load_data(run)
         net = UNet(run.image_channels, run.image_channels, **run.unet)
         run.model, run.schedule = eps_model(prepare(run, net)), schedule.to(run.device)
@@ -463,24 +463,24 @@ IMAGE_TYPES = ".jpg .jpeg .jfif .png .webp .bmp .gif .tif .tiff .ppm .pgm".split
 COMMON = dict(  # flags of every script beside its settings
     dataset=("digits", "digits, mnist, fashion_mnist, cifar10 or a folder of images"),
     data_dir=("data", "where torchvision downloads to"),
-    image_channels=(0, "1 for grey, 3 for colour, 0 for what the images are"),
+    image_channels=(0, "1 for grey, 3 for colour, 0 for the images' own"),
     out=("", "run folder, by default runs/SCRIPT-DATASET, or TASK beside the checkpoint"),
     checkpoint=("", "do not train, take the EMA weights and settings of this file"),
     resume=(False, "continue the training in the run folder"),
     seed=(0, "of all random numbers"),
-    device=("auto", "cuda, mps or cpu; auto takes the first there is"),
+    device=("auto", "cuda, mps or cpu; auto takes the first available"),
     compile=(False, "torch.compile the network"),
     bf16=(False, "run the network in bfloat16, except where likelihoods are measured"),
 )
 HELP = dict(  # of the settings that all scripts share
-    steps="training steps", batch_size="examples a step, of all processes together",
+    steps="training steps", batch_size="examples per step, over all processes",
     lr="Adam's learning rate", warmup="steps until the rate reaches --lr",
     lr_decay="p: after the warmup the rate falls as step^-p",
     image_size="pixels, N or H W: other images are resized",
-    grad_clip="largest gradient norm, 0: any", ema_decay="of averaged weights, 0: no average",
+    grad_clip="largest gradient norm, 0: no limit", ema_decay="of averaged weights, 0: no average",
     flip="mirror training images at random",
     channels="of the U-Net's first level", channel_mult="channels of each level / --channels",
-    num_res_blocks="residual blocks of a level", attention_resolutions="sizes with attention",
+    num_res_blocks="residual blocks per level", attention_resolutions="sizes with attention",
     dropout="rate in the network", num_samples="examples to sample",
     sample_batch_size="examples sampled or tested at a time",
     log_every="steps between log lines", save_every="steps between checkpoints",
@@ -489,7 +489,7 @@ NETWORK = ("image_channels", "image_size", "channels", "channel_mult", "num_res_
            "attention_resolutions", "dropout")
 MAY_BE_0 = ("image_channels seed warmup lr_decay grad_clip ema_decay dropout hybrid guidance eta "
             "data_noise sigma_max levels eps mix_at num_steps").split()
-ADVICE = {  # for errors of the machine: what their text has in it, and what to do
+ADVICE = {  # patterns in the text of the machine's errors, and what to do
     "allocate|out of memory|ALLOC_FAILED": "the memory is full: lower --batch-size, "
                                            "--sample-batch-size, --channels or --image-size",
     "[Cc]ompiler": "--compile needs a C++ compiler (g++ or clang): install one or leave it out",
@@ -512,7 +512,7 @@ def fail(message):
 def one_line_errors():
     """What a user can get wrong, or the machine lacks, ends with one line and exit code 2."""
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # a code page may lack a folder's name
+        stream.reconfigure(errors="backslashreplace")  # a code page may lack a letter of a path
     try:
         yield
     except (ValueError, OSError, RuntimeError) as error:
@@ -532,7 +532,7 @@ def seed_all(*key):
 def read_args(argv, settings, preset, tasks, fixed=(), reads=(), published=None):
     """The arguments, `run`: a flag beats the checkpoint's value, which beats preset(arguments),
     which beats settings, {name: value or (value, help)}. What is `fixed` must agree with the
-    checkpoint; reads: other scripts whose checkpoints will do; published: a function of --weights.
+    checkpoint; reads: other scripts whose checkpoints it takes; published: it reads --weights.
     """
     parser = argparse.ArgumentParser(f"{SCRIPT}.py", None, __doc__.split("\n\n")[0], add_help=False,
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -552,7 +552,7 @@ def read_args(argv, settings, preset, tasks, fixed=(), reads=(), published=None)
     out, loaded, saved = f"runs/{SCRIPT}-{Path(early.dataset).resolve().name}", None, {}
     weights = published and early.weights
     if bool(weights) + bool(early.checkpoint) + early.resume > 1:
-        fail("--resume takes the run folder's own checkpoint: leave out --checkpoint or --weights")
+        fail("--checkpoint, --weights and --resume exclude each other: leave out all but one")
     if weights:
         out, loaded = f"runs/{SCRIPT}-{Path(weights).name}/{early.task}", published(weights)
     elif early.checkpoint:
@@ -568,7 +568,7 @@ def read_args(argv, settings, preset, tasks, fixed=(), reads=(), published=None)
             saved = {key: saved[key] for key in saved.keys() & known}
         early.dataset = saved["dataset"]
     parser.set_defaults(**{"classes": ()} | preset(early) | saved)
-    parser.add_argument("-h", "--help", action="help", help="show this text, for a --dataset")
+    parser.add_argument("-h", "--help", action="help", help="show this text for a given --dataset")
     run = parser.parse_args(argv)
     run.checkpoint = run.checkpoint or weights
     if len(run.image_size) > 2:
@@ -644,7 +644,7 @@ def load_folder(run):
     if len(rows) < len(files):
         report(f"{root}: {len(files) - len(rows)} other files are left out")
     if all(for_test for for_test, _ in rows):
-        raise ValueError(f"{root} holds {len(rows)} images ({' '.join(IMAGE_TYPES)}): 2 are needed")
+        raise ValueError(f"{root} has {len(rows)} images ({' '.join(IMAGE_TYPES)}): add some more")
     class_of = {path: (*path.parts[split:-1], "")[0] for _, path in rows}
     run.classes = run.classes or tuple(sorted({*class_of.values()} - {""}))
     rows = sorted(row for row in rows if row[0] or run.trains)  # training images come first
@@ -659,7 +659,7 @@ def load_folder(run):
         try:
             image = Image.open(file)
             if image.mode[0] in "IF":
-                raise ValueError("more than 8 bits a channel: convert it to 8")
+                raise ValueError("more than 8 bits per channel: convert it to 8")
             with contextlib.suppress(Exception):  # ignore a broken EXIF block
                 image = ImageOps.exif_transpose(image)
             if image.has_transparency_data:
@@ -672,7 +672,7 @@ def load_folder(run):
 
     Image.MAX_IMAGE_PIXELS = None  # these limits are for servers: here the user chose the files
     PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**30
-    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:  # more wait for Python
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:  # more would wait for Python
         list(pool.map(read, range(len(rows))))
     if errors:
         raise ValueError(f"{len(errors)} of {len(rows)} images cannot be read: {min(errors)}")
@@ -694,7 +694,7 @@ def load_images(run):
         try:
             parts = [kind(root, train=train, download=not own) for train in (True, False)]
         except (RuntimeError, OSError) as error:
-            raise OSError(f"cannot download {run.dataset} ({error}): put torchvision's files of it "
+            raise OSError(f"cannot download {run.dataset} ({error}): put torchvision's copy "
                           f"below {root}") from error
         if RANK == 0 and WORLD > 1:
             dist.barrier()
@@ -713,14 +713,14 @@ def load_images(run):
 
 def load_data(run):
     """Training images and labels, on the device if they are small; sets run.test and
-    run.test_labels, in an order that --seed draws. Samples need no data: there both may be None."""
+    run.test_labels, in an order that --seed draws. Sampling needs no data: both may be None."""
     run.test, run.unlabelled = None, []
     try:
         train, test = load_images(run)
     except (ValueError, OSError) as error:
         if not run.checkpoint or run.task != "sample":
             raise
-        report(f"process.png goes without its first row: {error}")
+        report(f"process.png lacks its first row: {error}")
         return None
     order = torch.randperm(len(test[0]), generator=torch.Generator().manual_seed(run.seed))
     run.test, run.test_labels = (part[order].to(run.device) for part in test)
@@ -754,8 +754,8 @@ def save_checkpoint(path, state):
 
 
 def load_checkpoint(path, methods):
-    """The checkpoint, on the CPU. weights_only keeps a hostile file from running code; a flipped
-    byte is data to torch.load, not to the archive's checksums."""
+    """The checkpoint, on the CPU. weights_only keeps a hostile file from running code; torch.load
+    accepts a flipped byte, the archive's checksums do not."""
     if not Path(path).is_file():
         raise ValueError(f"there is no checkpoint {path}")
     try:
@@ -841,8 +841,8 @@ def fit(net, loss_fn, data, run):
             stopped = stops > 0
             running.zero_()
             if count == 0:
-                fail(f"since the last log line, to step {step}, no loss is finite: lower --lr")
-            pace = (time.time() - start) / (step - first)  # seconds a step
+                fail(f"no loss was finite since the last log line (step {step}): lower --lr")
+            pace = (time.time() - start) / (step - first)  # seconds per step
             left = datetime.timedelta(seconds=round(pace * (run.steps - step)))
             report(f"step {step} of {run.steps}: loss {total / count:.4f}, "
                    f"{run.batch_size / pace:.0f} examples/s, {left} left")
@@ -880,7 +880,7 @@ def save_grid(images, path, columns, labels=()):
 def save_images(draw, run):
     """Make images/NNNNNN.png of draw(first, n, record) -> (n, C, H, W) uint8, in batches: functions
     of (seed, first), so that processes share them and what exists is not drawn again. Returns at
-    most 100 images, and the states of the first batch if it was drawn here and now."""
+    most 100 images, and the states of the first batch if this call drew it."""
     folder, record = run.out / "images", []
     if RANK == 0 and run.results.get("arguments") != run.arguments:
         shutil.rmtree(folder, ignore_errors=True)  # they are images of other settings
@@ -914,7 +914,7 @@ def save_results(run, **entries):
 
 def do_tasks(run, tasks, also=()):
     """Do run.task and, after training for `sample`, the tasks `also`; what they return goes into
-    results.json, with what repeats it."""
+    results.json, with what it takes to repeat them."""
     if run.checkpoint:  # the same command will continue
         save_results(run, arguments=run.arguments)
     for name in (run.task, *(also if run.task == "sample" and not run.checkpoint else ())):

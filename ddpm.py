@@ -66,7 +66,7 @@ class Schedule:
 
     def __init__(self, T=1000, beta_1=1e-4, beta_T=0.02):
         if T < 2 or not 0 < beta_1 <= beta_T < 1:
-            raise ValueError(f"T = {T}, beta from {beta_1} to {beta_T}: not T >= 2, 0 < beta < 1")
+            raise ValueError(f"need T >= 2, 0 < beta_1 <= beta_T < 1, not {T}, {beta_1}, {beta_T}")
         self.T = T
         self.beta = torch.zeros(T + 1, dtype=torch.float64)
         self.beta[1:] = torch.linspace(beta_1, beta_T, T, dtype=torch.float64)  # Eq. (2), Sec. 4
@@ -79,7 +79,7 @@ class Schedule:
         self.beta_tilde[1:] = ratio * self.beta[1:]  # Eq. (7)
 
     def to(self, device):
-        """Move the tables, in place as a module does it (float32 on mps, which has no float64)."""
+        """Move the tables, in place like a module (float32 on mps, which has no float64)."""
         dtype = torch.float32 if torch.device(device).type == "mps" else torch.float64
         for name in ("beta", "alpha", "alpha_bar", "beta_tilde"):
             setattr(self, name, getattr(self, name).to(device, dtype))
@@ -113,8 +113,8 @@ def predict_x_0(x_t, t, eps, schedule):
 
 
 def eps_model(net):
-    """The model of this file, t = 1..T, from a network that counts time from 0, as the released
-    one does: its weights expect t - 1."""
+    """model(x_t, t) for t = 1..T from a network that counts time from 0: the released weights
+    expect t - 1."""
     return lambda x_t, t: net(x_t, t - 1)
 
 
@@ -129,7 +129,7 @@ def ddpm_loss(model, x_0, schedule):
 
 def vlb_loss(model, x_0, schedule):
     """A random term of the bound, in nats per dimension: a scalar. Up to a constant, T times its
-    mean is the bound with sigma_t^2 = beta_t and a Gaussian's KL for L_0, too (Table 2's L)."""
+    mean is the bound with sigma_t^2 = beta_t and a Gaussian decoder for L_0 (Table 2's L)."""
     t = torch.randint(1, schedule.T + 1, (len(x_0),), device=x_0.device)
     eps = torch.randn_like(x_0)
     error = (eps - model(q_sample(x_0, t, eps, schedule), t)).square()
@@ -142,7 +142,7 @@ def p_mean_variance(model, x_t, t, schedule, variance="large", clip=True):
     """Mean (B, ...), variance (B, 1, ..., 1) of p(x_{t-1} | x_t), Eq. (1), and x_0_hat; t in 1..T.
 
     variance "large": beta_t, best for x_0 ~ N(0, I); "small": beta_tilde_t, best for one fixed x_0
-    (Sec. 3.2). At t = 1 both are beta_tilde_2, as released: only the decoder Eq. (13) sees it.
+    (Sec. 3.2). At t = 1 both are beta_tilde_2, as released: only the decoder, Eq. (13), uses it.
     """
     if variance not in ("large", "small"):
         raise ValueError(f"variance is {variance!r}, not 'large' or 'small'")
@@ -185,7 +185,7 @@ def ddpm_sample(model, x_T, schedule, variance="large", clip=True, t_start=None,
 def decoder_log_prob(x_0, mean, var):
     """log p(x_0 | x_1) in nats, like x_0: the mass that N(mean, var) puts on each pixel's level.
 
-    x_0: 8-bit levels v as v / 127.5 - 1; the lowest and the highest level own the tails.
+    x_0: 8-bit levels v as v / 127.5 - 1; the lowest and the highest level include the tails.
     """
     upper = torch.where(x_0 > 0.999, math.inf, (x_0 + 1 / 255 - mean) / var.sqrt())  # Eq. (13)
     lower = torch.where(x_0 < -0.999, -math.inf, (x_0 - 1 / 255 - mean) / var.sqrt())  # Eq. (13)
@@ -268,7 +268,7 @@ MNIST = dict(
 )
 PRESETS = {  # changes to SETTINGS
     "cifar10": {}, "folder": dict(flip=False), "mnist": MNIST, "fashion_mnist": MNIST,
-    # Not in the paper: sized for minutes on a laptop. T beta is a quarter of the paper's, as less
+    # Not in the paper: trains in minutes on a laptop. The betas sum to 6, not to 10, as less
     # noise hides an image of 16x16 pixels.
     "digits": dict(
         T=250, beta_1=0.008, beta_T=0.04, variance="small", image_size=(16, 16), channels=16,
@@ -315,7 +315,7 @@ def sample(run):
 
 
 def bpd(run):
-    """The bound on test images, and Table 4: rate and distortion by the steps received."""
+    """The bound on test images, and Table 4: rate and distortion by the number of steps."""
     run.bf16, parts = False, []
     for x_0 in to_float(run.test[: run.num_test]).split(run.sample_batch_size):
         parts.append(bits_per_dim(run.model, x_0, *run.sampler))
@@ -355,7 +355,7 @@ def main(argv=None):
         setup(run)
         if schedule.alpha_bar[-1] > 0.01:
             report(f"alpha_bar_T = {schedule.alpha_bar[-1]:.2f} leaves data in x_T: multiply "
-                   "--beta-1 and --beta-T by 1000 / T, below 1")
+                   "--beta-1 and --beta-T by 1000 / T, but keep both below 1")
         data = load_data(run)
         net = UNet(run.image_channels, run.image_channels, **run.unet)
         run.model, run.schedule = eps_model(prepare(run, net)), schedule.to(run.device)
@@ -377,24 +377,24 @@ IMAGE_TYPES = ".jpg .jpeg .jfif .png .webp .bmp .gif .tif .tiff .ppm .pgm".split
 COMMON = dict(  # flags of every script beside its settings
     dataset=("digits", "digits, mnist, fashion_mnist, cifar10 or a folder of images"),
     data_dir=("data", "where torchvision downloads to"),
-    image_channels=(0, "1 for grey, 3 for colour, 0 for what the images are"),
+    image_channels=(0, "1 for grey, 3 for colour, 0 for the images' own"),
     out=("", "run folder, by default runs/SCRIPT-DATASET, or TASK beside the checkpoint"),
     checkpoint=("", "do not train, take the EMA weights and settings of this file"),
     resume=(False, "continue the training in the run folder"),
     seed=(0, "of all random numbers"),
-    device=("auto", "cuda, mps or cpu; auto takes the first there is"),
+    device=("auto", "cuda, mps or cpu; auto takes the first available"),
     compile=(False, "torch.compile the network"),
     bf16=(False, "run the network in bfloat16, except where likelihoods are measured"),
 )
 HELP = dict(  # of the settings that all scripts share
-    steps="training steps", batch_size="examples a step, of all processes together",
+    steps="training steps", batch_size="examples per step, over all processes",
     lr="Adam's learning rate", warmup="steps until the rate reaches --lr",
     lr_decay="p: after the warmup the rate falls as step^-p",
     image_size="pixels, N or H W: other images are resized",
-    grad_clip="largest gradient norm, 0: any", ema_decay="of averaged weights, 0: no average",
+    grad_clip="largest gradient norm, 0: no limit", ema_decay="of averaged weights, 0: no average",
     flip="mirror training images at random",
     channels="of the U-Net's first level", channel_mult="channels of each level / --channels",
-    num_res_blocks="residual blocks of a level", attention_resolutions="sizes with attention",
+    num_res_blocks="residual blocks per level", attention_resolutions="sizes with attention",
     dropout="rate in the network", num_samples="examples to sample",
     sample_batch_size="examples sampled or tested at a time",
     log_every="steps between log lines", save_every="steps between checkpoints",
@@ -403,7 +403,7 @@ NETWORK = ("image_channels", "image_size", "channels", "channel_mult", "num_res_
            "attention_resolutions", "dropout")
 MAY_BE_0 = ("image_channels seed warmup lr_decay grad_clip ema_decay dropout hybrid guidance eta "
             "data_noise sigma_max levels eps mix_at num_steps").split()
-ADVICE = {  # for errors of the machine: what their text has in it, and what to do
+ADVICE = {  # patterns in the text of the machine's errors, and what to do
     "allocate|out of memory|ALLOC_FAILED": "the memory is full: lower --batch-size, "
                                            "--sample-batch-size, --channels or --image-size",
     "[Cc]ompiler": "--compile needs a C++ compiler (g++ or clang): install one or leave it out",
@@ -426,7 +426,7 @@ def fail(message):
 def one_line_errors():
     """What a user can get wrong, or the machine lacks, ends with one line and exit code 2."""
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # a code page may lack a folder's name
+        stream.reconfigure(errors="backslashreplace")  # a code page may lack a letter of a path
     try:
         yield
     except (ValueError, OSError, RuntimeError) as error:
@@ -446,7 +446,7 @@ def seed_all(*key):
 def read_args(argv, settings, preset, tasks, fixed=(), reads=(), published=None):
     """The arguments, `run`: a flag beats the checkpoint's value, which beats preset(arguments),
     which beats settings, {name: value or (value, help)}. What is `fixed` must agree with the
-    checkpoint; reads: other scripts whose checkpoints will do; published: a function of --weights.
+    checkpoint; reads: other scripts whose checkpoints it takes; published: it reads --weights.
     """
     parser = argparse.ArgumentParser(f"{SCRIPT}.py", None, __doc__.split("\n\n")[0], add_help=False,
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -466,7 +466,7 @@ def read_args(argv, settings, preset, tasks, fixed=(), reads=(), published=None)
     out, loaded, saved = f"runs/{SCRIPT}-{Path(early.dataset).resolve().name}", None, {}
     weights = published and early.weights
     if bool(weights) + bool(early.checkpoint) + early.resume > 1:
-        fail("--resume takes the run folder's own checkpoint: leave out --checkpoint or --weights")
+        fail("--checkpoint, --weights and --resume exclude each other: leave out all but one")
     if weights:
         out, loaded = f"runs/{SCRIPT}-{Path(weights).name}/{early.task}", published(weights)
     elif early.checkpoint:
@@ -482,7 +482,7 @@ def read_args(argv, settings, preset, tasks, fixed=(), reads=(), published=None)
             saved = {key: saved[key] for key in saved.keys() & known}
         early.dataset = saved["dataset"]
     parser.set_defaults(**{"classes": ()} | preset(early) | saved)
-    parser.add_argument("-h", "--help", action="help", help="show this text, for a --dataset")
+    parser.add_argument("-h", "--help", action="help", help="show this text for a given --dataset")
     run = parser.parse_args(argv)
     run.checkpoint = run.checkpoint or weights
     if len(run.image_size) > 2:
@@ -558,7 +558,7 @@ def load_folder(run):
     if len(rows) < len(files):
         report(f"{root}: {len(files) - len(rows)} other files are left out")
     if all(for_test for for_test, _ in rows):
-        raise ValueError(f"{root} holds {len(rows)} images ({' '.join(IMAGE_TYPES)}): 2 are needed")
+        raise ValueError(f"{root} has {len(rows)} images ({' '.join(IMAGE_TYPES)}): add some more")
     class_of = {path: (*path.parts[split:-1], "")[0] for _, path in rows}
     run.classes = run.classes or tuple(sorted({*class_of.values()} - {""}))
     rows = sorted(row for row in rows if row[0] or run.trains)  # training images come first
@@ -573,7 +573,7 @@ def load_folder(run):
         try:
             image = Image.open(file)
             if image.mode[0] in "IF":
-                raise ValueError("more than 8 bits a channel: convert it to 8")
+                raise ValueError("more than 8 bits per channel: convert it to 8")
             with contextlib.suppress(Exception):  # ignore a broken EXIF block
                 image = ImageOps.exif_transpose(image)
             if image.has_transparency_data:
@@ -586,7 +586,7 @@ def load_folder(run):
 
     Image.MAX_IMAGE_PIXELS = None  # these limits are for servers: here the user chose the files
     PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**30
-    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:  # more wait for Python
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:  # more would wait for Python
         list(pool.map(read, range(len(rows))))
     if errors:
         raise ValueError(f"{len(errors)} of {len(rows)} images cannot be read: {min(errors)}")
@@ -608,7 +608,7 @@ def load_images(run):
         try:
             parts = [kind(root, train=train, download=not own) for train in (True, False)]
         except (RuntimeError, OSError) as error:
-            raise OSError(f"cannot download {run.dataset} ({error}): put torchvision's files of it "
+            raise OSError(f"cannot download {run.dataset} ({error}): put torchvision's copy "
                           f"below {root}") from error
         if RANK == 0 and WORLD > 1:
             dist.barrier()
@@ -627,14 +627,14 @@ def load_images(run):
 
 def load_data(run):
     """Training images and labels, on the device if they are small; sets run.test and
-    run.test_labels, in an order that --seed draws. Samples need no data: there both may be None."""
+    run.test_labels, in an order that --seed draws. Sampling needs no data: both may be None."""
     run.test, run.unlabelled = None, []
     try:
         train, test = load_images(run)
     except (ValueError, OSError) as error:
         if not run.checkpoint or run.task != "sample":
             raise
-        report(f"process.png goes without its first row: {error}")
+        report(f"process.png lacks its first row: {error}")
         return None
     order = torch.randperm(len(test[0]), generator=torch.Generator().manual_seed(run.seed))
     run.test, run.test_labels = (part[order].to(run.device) for part in test)
@@ -668,8 +668,8 @@ def save_checkpoint(path, state):
 
 
 def load_checkpoint(path, methods):
-    """The checkpoint, on the CPU. weights_only keeps a hostile file from running code; a flipped
-    byte is data to torch.load, not to the archive's checksums."""
+    """The checkpoint, on the CPU. weights_only keeps a hostile file from running code; torch.load
+    accepts a flipped byte, the archive's checksums do not."""
     if not Path(path).is_file():
         raise ValueError(f"there is no checkpoint {path}")
     try:
@@ -755,8 +755,8 @@ def fit(net, loss_fn, data, run):
             stopped = stops > 0
             running.zero_()
             if count == 0:
-                fail(f"since the last log line, to step {step}, no loss is finite: lower --lr")
-            pace = (time.time() - start) / (step - first)  # seconds a step
+                fail(f"no loss was finite since the last log line (step {step}): lower --lr")
+            pace = (time.time() - start) / (step - first)  # seconds per step
             left = datetime.timedelta(seconds=round(pace * (run.steps - step)))
             report(f"step {step} of {run.steps}: loss {total / count:.4f}, "
                    f"{run.batch_size / pace:.0f} examples/s, {left} left")
@@ -794,7 +794,7 @@ def save_grid(images, path, columns, labels=()):
 def save_images(draw, run):
     """Make images/NNNNNN.png of draw(first, n, record) -> (n, C, H, W) uint8, in batches: functions
     of (seed, first), so that processes share them and what exists is not drawn again. Returns at
-    most 100 images, and the states of the first batch if it was drawn here and now."""
+    most 100 images, and the states of the first batch if this call drew it."""
     folder, record = run.out / "images", []
     if RANK == 0 and run.results.get("arguments") != run.arguments:
         shutil.rmtree(folder, ignore_errors=True)  # they are images of other settings
@@ -828,7 +828,7 @@ def save_results(run, **entries):
 
 def do_tasks(run, tasks, also=()):
     """Do run.task and, after training for `sample`, the tasks `also`; what they return goes into
-    results.json, with what repeats it."""
+    results.json, with what it takes to repeat them."""
     if run.checkpoint:  # the same command will continue
         save_results(run, arguments=run.arguments)
     for name in (run.task, *(also if run.task == "sample" and not run.checkpoint else ())):

@@ -19,9 +19,9 @@ Implements, in the papers' order: Eq. (4), (5), (6); Alg. 1, 2; Fig. 3, 6; Techn
 A Langevin step is that of Eq. (4) and Alg. 1: x + alpha / 2 score + sqrt(alpha) z. The sequel
 writes x + alpha score + sqrt(2 alpha) z: its 6.2e-6 is eps = 1.24e-5 here. Technique 5, the EMA of
 the weights, is in fit. The released code takes twice the step of Alg. 1, drops the last update, and
-imposes the known pixels before a level too; its toy starts at sigma 20, as here, the text's at 10.
+imposes the known pixels before a level too; its toy starts at sigma 20, as here; the text says 10.
 README.md has measured results. Deviations from the papers:
-1. The network is DDPM's U-Net, not a RefineNet; with --settings 2019 it takes the level's index for
+1. The network is DDPM's U-Net, not a RefineNet; with --settings 2019 it takes the level's index as
    its time, where the paper has conditional instance normalisation.
 2. The EMA decay after n steps is min(decay, (1 + n) / (10 + n)), to forget the initial weights.
 3. Technique 2 is solved for an overlap of 0.5 exactly; the published ladders have 0.57.
@@ -72,7 +72,7 @@ def langevin(score, x, eps, T, record=None):
 
 
 def precision(device):
-    """The dtype of tables: float64, which only mps does not have."""
+    """The dtype of tables: float64, which only mps lacks."""
     return torch.float32 if torch.device(device).type == "mps" else torch.float64
 
 
@@ -87,12 +87,12 @@ def record_steps(T):
 
 
 def geometric_sigmas(sigma_1, sigma_L, L):
-    """Levels sigma_1 > ... > sigma_L of one ratio, (L,) float64 (Sec. 4.1). L = 1: (sigma_L,).
+    """Levels sigma_1 > ... > sigma_L, geometric, (L,) float64 (Sec. 4.1). L = 1: (sigma_L,).
 
     ValueError unless L >= 1 and sigma_1 > sigma_L > 0 (or L = 1).
     """
     if L < 1 or sigma_L <= 0 or (L > 1 and sigma_1 <= sigma_L):
-        raise ValueError(f"sigma from {sigma_1} to {sigma_L} in {L} levels: not L >= 1, falling")
+        raise ValueError(f"sigma from {sigma_1} to {sigma_L} in {L} levels: need L >= 1, falling")
     if L == 1:
         return torch.tensor([sigma_L], dtype=torch.float64)
     return torch.logspace(math.log10(sigma_1), math.log10(sigma_L), L, dtype=torch.float64)
@@ -113,9 +113,9 @@ def ncsn_loss(score, x, sigmas):
 
 @torch.no_grad()
 def annealed_langevin(score, x, sigmas, eps, T, denoise=False, record=None):
-    """Alg. 1 from x (B, ...), the papers' is U[0, 1]: L T evaluations of score(x, sigma).
+    """Alg. 1 from x (B, ...), in the papers U[0, 1]: L T evaluations of score(x, sigma).
 
-    eps: the step size at sigma_L. denoise: one evaluation more, to the mean of the data given x
+    eps: the step size at sigma_L. denoise: one more evaluation, for the mean of the data given x
     (NCSNv2, Alg. 1). record: like langevin's, then the denoised state.
     """
     recorded, step = record_steps(len(sigmas) * T), 0
@@ -140,8 +140,8 @@ def inpaint(score, x, mask, x_init, sigmas, eps, T, denoise=False, record=None):
     """Alg. 2, Fig. 6: images like x whose pixels are x's, with noise sigma_L, where mask is 1.
 
     x (B, ...): the given images, mask: 0 or 1, broadcasts against x; x_init (B, ...): the chain's
-    start, the papers' is U[0, 1]. The other arguments are those of annealed_langevin; denoise ends
-    with the mean of the data everywhere, where mask is 1 too (ours).
+    start, in the papers U[0, 1]. The other arguments are those of annealed_langevin; denoise ends
+    with the mean of the data given x_t, also where mask is 1 (ours).
     """
     x_t, recorded, step = x_init, record_steps(len(sigmas) * T), 0
     for sigma in sigmas:  # Alg. 2, line 2
@@ -184,8 +184,8 @@ def gmm_score(x, sigma):
 
 @torch.no_grad()
 def max_pairwise_distance(data):
-    """Technique 1, for sigma_1: the largest Euclidean distance of two of data (N, ...)."""
-    parts = data.flatten(1).split(1000)  # so that few at a time need memory as floats
+    """Technique 1, for sigma_1: the largest Euclidean distance between two of data (N, ...)."""
+    parts = data.flatten(1).split(1000)  # so that only a few at a time become floats
     pairs = ((a, b) for i, a in enumerate(parts) for b in parts[i:])
     return max(torch.cdist(a.float(), b.float()).max().item() for a, b in pairs)
 
@@ -193,8 +193,8 @@ def max_pairwise_distance(data):
 def scales_technique2(sigma_1, sigma_L, dim):
     """Technique 2: the number of levels at which neighbours overlap by 0.5, rounded, at least 2.
 
-    The norm of noise is about N(sqrt(dim) sigma, sigma^2 / 2); the overlap is the probability of
-    a level's noise within 3 deviations of the level above it. ValueError unless sigma_1 > sigma_L
+    The norm of noise is about N(sqrt(dim) sigma, sigma^2 / 2); the overlap is the probability
+    that a level's norm is within 3 deviations of the one above. ValueError unless sigma_1 > sigma_L
     > 0 and dim is 5 or more: below, all levels overlap by more.
     """
 
@@ -206,7 +206,7 @@ def scales_technique2(sigma_1, sigma_L, dim):
 
     low, high = 1.0, 1e3  # the overlap falls from 0.997 as gamma rises
     if not sigma_1 > sigma_L > 0:
-        raise ValueError(f"sigma from {sigma_1} to {sigma_L} is not falling: are all data equal?")
+        raise ValueError(f"sigma from {sigma_1} to {sigma_L} does not fall: are all data equal?")
     if overlap(high) > 0.5:
         raise ValueError(f"in {dim} dimensions all levels overlap by more than 0.5")
     for _ in range(60):
@@ -237,10 +237,10 @@ def step_technique4(sigmas, T):
     """Technique 4: the step a, in the sequel's convention x + a score + sqrt(2 a) z, with which T
     steps at a level leave noise of the level's variance; twice that is Alg. 1's eps.
 
-    ValueError for one level alone, which no other precedes.
+    ValueError for a single level, which has no ratio.
     """
     if len(sigmas) < 2:
-        raise ValueError("one level has no ratio to choose its step size by: --eps needs a number")
+        raise ValueError("a single level has no ratio to derive a step from: --eps needs a number")
     gamma = (sigmas[0] / sigmas[-1]).item() ** (1 / (len(sigmas) - 1))
     a = torch.linspace(0, 1, 100_001, dtype=torch.float64)[1:-1]  # a / sigma_L^2
     # b = 2 a / (sigma_L^2 - sigma_L^2 (1 - a / sigma_L^2)^2), in units of sigma_L
@@ -256,7 +256,7 @@ SETTINGS = dict(  # CIFAR-10 as the sequel published it, with sources; every key
     channels=128, channel_mult=(1, 2, 2, 2), num_res_blocks=2, attention_resolutions=(16,),
     dropout=0.0, warmup=0, lr_decay=0.0, grad_clip=0.0,  # the U-Net is DDPM's
     num_samples=100, sample_batch_size=256, log_every=100, save_every=5000,  # ours
-    settings=(("2020", "2019"), "of the sequel, or of the first paper"),
+    settings=(("2020", "2019"), "2020: the sequel's; 2019: the first paper's"),
     dequantize=(False, "train on (v + u) / 256 with u uniform, not on v / 255"),
     sigma_max=(50.0, "sigma_1, 0: measured (Technique 1)"),
     sigma_min=(0.01, "sigma_L"),
@@ -272,12 +272,12 @@ MNIST = AUTO | dict(
 )
 PRESETS = {  # changes to SETTINGS
     "cifar10": {}, "folder": AUTO, "mnist": MNIST, "fashion_mnist": MNIST,
-    "digits": AUTO | dict(  # not in the papers: sized for minutes on a laptop
+    "digits": AUTO | dict(  # not in the papers: trains in minutes on a laptop
         image_size=(16, 16), channels=16, channel_mult=(1, 2, 4), num_res_blocks=1,
         attention_resolutions=(8,), lr=8e-3, batch_size=64, steps=4000, warmup=500, lr_decay=1.2,
         save_every=500,
     ),
-    "gmm": dict(  # Fig. 3 and the first paper's appendix; 10,000: ours, for an exact percentage
+    "gmm": dict(  # Fig. 3 and the first paper's appendix; ours: 10,000, for a precise share
         sigma_max=20.0, sigma_min=1.0, levels=10, T=100, eps=0.1, denoise=False, flip=False,
         num_samples=10_000,
     ),
@@ -377,7 +377,7 @@ def toy(run):
         raise ValueError(f"the chains diverge: --eps {run.eps} is too large for these levels")
     share = {name: (x.sum(1) < 0).float().mean().item() for name, x in points.items()}
     for name in points:
-        report(f"{name}: {share[name]:.3f} of {len(x)} at (-5, -5), 0.2 are right")
+        report(f"{name}: {share[name]:.3f} of {len(x)} at (-5, -5), where 0.2 is right")
     pictures = [histogram(points[name], f"{name}: {share[name]:.2f}") for name in points]
     save_grid(torch.stack(pictures), run.out / "gmm.png", columns=3)
     return {"n": len(x), "share_at_-5": share, **run.measured,
@@ -391,7 +391,7 @@ def main(argv=None):
     with one_line_errors():
         fixed = ("settings", "sigma_max", "sigma_min", "levels")
         run = read_args(argv, SETTINGS, preset, TASKS, fixed)
-        is_toy, data = run.dataset == "gmm", None
+        is_toy = run.dataset == "gmm"
         if is_toy and (run.checkpoint or run.task != "sample"):
             raise ValueError("--dataset gmm takes --task sample and no --checkpoint")
         setup(run)
@@ -428,24 +428,24 @@ IMAGE_TYPES = ".jpg .jpeg .jfif .png .webp .bmp .gif .tif .tiff .ppm .pgm".split
 COMMON = dict(  # flags of every script beside its settings
     dataset=("digits", "digits, mnist, fashion_mnist, cifar10 or a folder of images"),
     data_dir=("data", "where torchvision downloads to"),
-    image_channels=(0, "1 for grey, 3 for colour, 0 for what the images are"),
+    image_channels=(0, "1 for grey, 3 for colour, 0 for the images' own"),
     out=("", "run folder, by default runs/SCRIPT-DATASET, or TASK beside the checkpoint"),
     checkpoint=("", "do not train, take the EMA weights and settings of this file"),
     resume=(False, "continue the training in the run folder"),
     seed=(0, "of all random numbers"),
-    device=("auto", "cuda, mps or cpu; auto takes the first there is"),
+    device=("auto", "cuda, mps or cpu; auto takes the first available"),
     compile=(False, "torch.compile the network"),
     bf16=(False, "run the network in bfloat16, except where likelihoods are measured"),
 )
 HELP = dict(  # of the settings that all scripts share
-    steps="training steps", batch_size="examples a step, of all processes together",
+    steps="training steps", batch_size="examples per step, over all processes",
     lr="Adam's learning rate", warmup="steps until the rate reaches --lr",
     lr_decay="p: after the warmup the rate falls as step^-p",
     image_size="pixels, N or H W: other images are resized",
-    grad_clip="largest gradient norm, 0: any", ema_decay="of averaged weights, 0: no average",
+    grad_clip="largest gradient norm, 0: no limit", ema_decay="of averaged weights, 0: no average",
     flip="mirror training images at random",
     channels="of the U-Net's first level", channel_mult="channels of each level / --channels",
-    num_res_blocks="residual blocks of a level", attention_resolutions="sizes with attention",
+    num_res_blocks="residual blocks per level", attention_resolutions="sizes with attention",
     dropout="rate in the network", num_samples="examples to sample",
     sample_batch_size="examples sampled or tested at a time",
     log_every="steps between log lines", save_every="steps between checkpoints",
@@ -454,7 +454,7 @@ NETWORK = ("image_channels", "image_size", "channels", "channel_mult", "num_res_
            "attention_resolutions", "dropout")
 MAY_BE_0 = ("image_channels seed warmup lr_decay grad_clip ema_decay dropout hybrid guidance eta "
             "data_noise sigma_max levels eps mix_at num_steps").split()
-ADVICE = {  # for errors of the machine: what their text has in it, and what to do
+ADVICE = {  # patterns in the text of the machine's errors, and what to do
     "allocate|out of memory|ALLOC_FAILED": "the memory is full: lower --batch-size, "
                                            "--sample-batch-size, --channels or --image-size",
     "[Cc]ompiler": "--compile needs a C++ compiler (g++ or clang): install one or leave it out",
@@ -477,7 +477,7 @@ def fail(message):
 def one_line_errors():
     """What a user can get wrong, or the machine lacks, ends with one line and exit code 2."""
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # a code page may lack a folder's name
+        stream.reconfigure(errors="backslashreplace")  # a code page may lack a letter of a path
     try:
         yield
     except (ValueError, OSError, RuntimeError) as error:
@@ -497,7 +497,7 @@ def seed_all(*key):
 def read_args(argv, settings, preset, tasks, fixed=(), reads=(), published=None):
     """The arguments, `run`: a flag beats the checkpoint's value, which beats preset(arguments),
     which beats settings, {name: value or (value, help)}. What is `fixed` must agree with the
-    checkpoint; reads: other scripts whose checkpoints will do; published: a function of --weights.
+    checkpoint; reads: other scripts whose checkpoints it takes; published: it reads --weights.
     """
     parser = argparse.ArgumentParser(f"{SCRIPT}.py", None, __doc__.split("\n\n")[0], add_help=False,
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -517,7 +517,7 @@ def read_args(argv, settings, preset, tasks, fixed=(), reads=(), published=None)
     out, loaded, saved = f"runs/{SCRIPT}-{Path(early.dataset).resolve().name}", None, {}
     weights = published and early.weights
     if bool(weights) + bool(early.checkpoint) + early.resume > 1:
-        fail("--resume takes the run folder's own checkpoint: leave out --checkpoint or --weights")
+        fail("--checkpoint, --weights and --resume exclude each other: leave out all but one")
     if weights:
         out, loaded = f"runs/{SCRIPT}-{Path(weights).name}/{early.task}", published(weights)
     elif early.checkpoint:
@@ -533,7 +533,7 @@ def read_args(argv, settings, preset, tasks, fixed=(), reads=(), published=None)
             saved = {key: saved[key] for key in saved.keys() & known}
         early.dataset = saved["dataset"]
     parser.set_defaults(**{"classes": ()} | preset(early) | saved)
-    parser.add_argument("-h", "--help", action="help", help="show this text, for a --dataset")
+    parser.add_argument("-h", "--help", action="help", help="show this text for a given --dataset")
     run = parser.parse_args(argv)
     run.checkpoint = run.checkpoint or weights
     if len(run.image_size) > 2:
@@ -609,7 +609,7 @@ def load_folder(run):
     if len(rows) < len(files):
         report(f"{root}: {len(files) - len(rows)} other files are left out")
     if all(for_test for for_test, _ in rows):
-        raise ValueError(f"{root} holds {len(rows)} images ({' '.join(IMAGE_TYPES)}): 2 are needed")
+        raise ValueError(f"{root} has {len(rows)} images ({' '.join(IMAGE_TYPES)}): add some more")
     class_of = {path: (*path.parts[split:-1], "")[0] for _, path in rows}
     run.classes = run.classes or tuple(sorted({*class_of.values()} - {""}))
     rows = sorted(row for row in rows if row[0] or run.trains)  # training images come first
@@ -624,7 +624,7 @@ def load_folder(run):
         try:
             image = Image.open(file)
             if image.mode[0] in "IF":
-                raise ValueError("more than 8 bits a channel: convert it to 8")
+                raise ValueError("more than 8 bits per channel: convert it to 8")
             with contextlib.suppress(Exception):  # ignore a broken EXIF block
                 image = ImageOps.exif_transpose(image)
             if image.has_transparency_data:
@@ -637,7 +637,7 @@ def load_folder(run):
 
     Image.MAX_IMAGE_PIXELS = None  # these limits are for servers: here the user chose the files
     PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**30
-    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:  # more wait for Python
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:  # more would wait for Python
         list(pool.map(read, range(len(rows))))
     if errors:
         raise ValueError(f"{len(errors)} of {len(rows)} images cannot be read: {min(errors)}")
@@ -659,7 +659,7 @@ def load_images(run):
         try:
             parts = [kind(root, train=train, download=not own) for train in (True, False)]
         except (RuntimeError, OSError) as error:
-            raise OSError(f"cannot download {run.dataset} ({error}): put torchvision's files of it "
+            raise OSError(f"cannot download {run.dataset} ({error}): put torchvision's copy "
                           f"below {root}") from error
         if RANK == 0 and WORLD > 1:
             dist.barrier()
@@ -678,14 +678,14 @@ def load_images(run):
 
 def load_data(run):
     """Training images and labels, on the device if they are small; sets run.test and
-    run.test_labels, in an order that --seed draws. Samples need no data: there both may be None."""
+    run.test_labels, in an order that --seed draws. Sampling needs no data: both may be None."""
     run.test, run.unlabelled = None, []
     try:
         train, test = load_images(run)
     except (ValueError, OSError) as error:
         if not run.checkpoint or run.task != "sample":
             raise
-        report(f"process.png goes without its first row: {error}")
+        report(f"process.png lacks its first row: {error}")
         return None
     order = torch.randperm(len(test[0]), generator=torch.Generator().manual_seed(run.seed))
     run.test, run.test_labels = (part[order].to(run.device) for part in test)
@@ -719,8 +719,8 @@ def save_checkpoint(path, state):
 
 
 def load_checkpoint(path, methods):
-    """The checkpoint, on the CPU. weights_only keeps a hostile file from running code; a flipped
-    byte is data to torch.load, not to the archive's checksums."""
+    """The checkpoint, on the CPU. weights_only keeps a hostile file from running code; torch.load
+    accepts a flipped byte, the archive's checksums do not."""
     if not Path(path).is_file():
         raise ValueError(f"there is no checkpoint {path}")
     try:
@@ -806,8 +806,8 @@ def fit(net, loss_fn, data, run):
             stopped = stops > 0
             running.zero_()
             if count == 0:
-                fail(f"since the last log line, to step {step}, no loss is finite: lower --lr")
-            pace = (time.time() - start) / (step - first)  # seconds a step
+                fail(f"no loss was finite since the last log line (step {step}): lower --lr")
+            pace = (time.time() - start) / (step - first)  # seconds per step
             left = datetime.timedelta(seconds=round(pace * (run.steps - step)))
             report(f"step {step} of {run.steps}: loss {total / count:.4f}, "
                    f"{run.batch_size / pace:.0f} examples/s, {left} left")
@@ -845,7 +845,7 @@ def save_grid(images, path, columns, labels=()):
 def save_images(draw, run):
     """Make images/NNNNNN.png of draw(first, n, record) -> (n, C, H, W) uint8, in batches: functions
     of (seed, first), so that processes share them and what exists is not drawn again. Returns at
-    most 100 images, and the states of the first batch if it was drawn here and now."""
+    most 100 images, and the states of the first batch if this call drew it."""
     folder, record = run.out / "images", []
     if RANK == 0 and run.results.get("arguments") != run.arguments:
         shutil.rmtree(folder, ignore_errors=True)  # they are images of other settings
@@ -879,7 +879,7 @@ def save_results(run, **entries):
 
 def do_tasks(run, tasks, also=()):
     """Do run.task and, after training for `sample`, the tasks `also`; what they return goes into
-    results.json, with what repeats it."""
+    results.json, with what it takes to repeat them."""
     if run.checkpoint:  # the same command will continue
         save_results(run, arguments=run.arguments)
     for name in (run.task, *(also if run.task == "sample" and not run.checkpoint else ())):

@@ -5,8 +5,8 @@ Implements: Eq. (4), (6), (7), (8), (9), (10), (11), (12), (13), (29), (30), (31
 (40), (43), (44), (46), (47), (49); Alg. 1, 4, 5; Fig. 6; and NCSNv2's Technique 1.
 
     t               time, 0 (data) ... 1 (noise, the paper's T)     (B,) float
-    x_0             8-bit images scaled linearly                    (B, C, H, W), VE: in [0, 1],
-    x               the data at time t                              else in [-1, 1]
+    x_0             8-bit images, VE: in [0, 1], else [-1, 1]       (B, C, H, W)
+    x               the data at time t                              like x_0
     f, g, z         dx = f dt + g dw; standard normal noise         like x, (B,), like x
     N, r            steps of a sampler; its corrector's signal-to-noise ratio, snr
     score(x, t)     s_theta, here -net(x in [-1, 1], 999 t) / std   like x
@@ -19,11 +19,11 @@ Implements: Eq. (4), (6), (7), (8), (9), (10), (11), (12), (13), (29), (30), (31
 README.md has measured results. Deviations from the paper and the released code:
 1. On CIFAR-10 the networks are the paper's, elsewhere DDPM's U-Net, which takes 999 t for VE, too:
    this is linear in log sigma. The classifier is the U-Net's first half, not a Wide ResNet.
-2. N + 1 even times lead from 1 to eps; a step's beta_i is beta(t_i) times its length. The released
-   code corrects first, and takes 1 / N for steps of another length.
-3. Inpainting ends with the denoised mean of all pixels, the ODE without one; released: vice versa.
+2. N + 1 evenly spaced times lead from 1 to eps; beta_i is beta(t_i) times the step's length. The
+   released code corrects first, and its step 1 / N is not the spacing of its times.
+3. Inpainting ends by denoising all pixels, the ODE without denoising; released: the reverse.
 4. The ODE's error is controlled image by image; VE's loss is a mean over d, not half a sum.
-5. The correctors' alpha_i is 1 - beta_i, as released, not Sec. 2.2's product; so for sub-VP, too.
+5. The correctors' alpha_i is 1 - beta_i, as released, not Sec. 2.2's product; also for sub-VP.
 6. A network of ddpm.py has beta_min = T beta_1, beta_max = T beta_T; its samples end at t = 1 / T.
 """
 
@@ -78,7 +78,7 @@ class VE(SDE):
 
     def __init__(self, sigma_min=0.01, sigma_max=50.0):
         if not 0 < sigma_min < sigma_max:
-            raise ValueError(f"sigma from {sigma_min} to {sigma_max}: not positive and rising")
+            raise ValueError(f"sigma from {sigma_min} to {sigma_max} must be positive and rise")
         self.sigma_min, self.sigma_max, self.prior_std = sigma_min, sigma_max, sigma_max
 
     def sigma(self, t):
@@ -114,7 +114,7 @@ class VP(SDE):
 
     def __init__(self, beta_min=0.1, beta_max=20.0):
         if not 0 < beta_min <= beta_max:
-            raise ValueError(f"beta from {beta_min} to {beta_max}: not positive and rising")
+            raise ValueError(f"beta from {beta_min} to {beta_max} must be positive and not fall")
         self.beta_min, self.beta_max = beta_min, beta_max
 
     def beta(self, t):
@@ -164,7 +164,7 @@ class SubVP(VP):
 
 
 def precision(device):
-    """The dtype of tables: float64, which only mps does not have."""
+    """The dtype of tables: float64, which only mps lacks."""
     return torch.float32 if torch.device(device).type == "mps" else torch.float64
 
 
@@ -175,7 +175,7 @@ def expand(a, x):
 
 def score_model(net, sde, T=None, log_sigma=False):
     """s_theta(x, t) from a network of images in [-1, 1] and a time. It predicts the noise and takes
-    999 t; with T, one of ddpm.py with T steps, T t - 1. log_sigma: NCSN++ takes log sigma(t), and
+    999 t, or T t - 1 if it is ddpm.py's with T steps. log_sigma: NCSN++ takes log sigma(t), and
     its output / sigma(t) is the score (App. H)."""
     low, high = sde.data_range
 
@@ -230,8 +230,8 @@ def predict(score, sde, x, t, dt, predictor):
 
 
 def correct(score, sde, x, t, dt, corrector, snr):
-    """One step of Langevin dynamics at t. "langevin": its size is that of the batch's mean norms of
-    noise and score (App. G); "ald", as released: of the deviation of the noise."""
+    """One step of Langevin dynamics at t. "langevin" sets its size by the batch's mean norms of
+    noise and score (App. G), "ald" by the noise's deviation at t (as released)."""
     z, g, size = torch.randn_like(x), score(x, t.to(x.dtype)), sde.marginal(x, t)[1]
     if corrector == "langevin":
         size = z.flatten(1).norm(dim=1).mean() / g.flatten(1).norm(dim=1).mean()
@@ -266,8 +266,8 @@ def pc_sample(score, sde, x_T, N=1000, predictor="reverse_diffusion", corrector=
               snr=0.16, corrector_steps=1, denoise=True, constrain=None, record=None):
     """Alg. 1: x_T ~ sde.prior -> x_0, like x_T.
 
-    N (1 + corrector_steps) evaluations of the score, without those of a "none", and one to denoise.
-    constrain(x, t): what x becomes, at the start and after every step. record: a list that gets x
+    N (1 + corrector_steps) evaluations of the score, fewer with a "none", and one to denoise.
+    constrain(x, t) replaces x, at the start and after every step. record: a list that gets x
     at the steps of record_steps, from N down, and x_0. ValueError: see check_sampler.
     """
     check_sampler(sde, N, predictor, corrector)
@@ -312,7 +312,7 @@ def probability_flow(score, sde, dtype):
 @torch.no_grad()
 def ode_sample(score, sde, x_T, rtol=1e-5, atol=1e-5, record=None):
     """x_T ~ sde.prior -> x at sde.eps, like x_T, and the evaluations of the score. record: a list
-    that gets x at 16 even times from 1 to sde.eps, which costs evaluations."""
+    that gets x at 16 evenly spaced times from 1 to sde.eps, which costs evaluations."""
     drift, evaluations, states = probability_flow(score, sde, x_T.dtype), 0, [x_T]
     x, stops = x_T.to(precision(x_T.device)), 2 if record is None else 16
     for t, t_next in pairwise(torch.linspace(1, sde.eps, stops, dtype=torch.float64).tolist()):
@@ -326,7 +326,7 @@ def ode_sample(score, sde, x_T, rtol=1e-5, atol=1e-5, record=None):
 
 @torch.no_grad()
 def ode_encode(score, sde, x_0, rtol=1e-5, atol=1e-5):
-    """The latent code x(1) of x_0, taken for x at sde.eps, and the evaluations of the score."""
+    """The latent code x(1) of x_0, taken as x at sde.eps, and the evaluations of the score."""
     drift, x = probability_flow(score, sde, x_0.dtype), x_0.to(precision(x_0.device))
     x_T, evaluations = dormand_prince(drift, x, sde.eps, 1.0, rtol, atol)
     return x_T.to(x_0.dtype), evaluations
@@ -378,7 +378,7 @@ def bits_per_dim(score, sde, images, rtol=1e-5, atol=1e-5, probe="rademacher", t
 
 def slerp_orthogonal(z, z_prime, fraction):
     """Spherical interpolation of codes from z to z_prime, like both. Two codes are nearly
-    orthogonal and of one length, so that the angle between them is taken for pi / 2 (Fig. 6)."""
+    orthogonal and of one length, so the angle between them is taken to be pi / 2 (Fig. 6)."""
     angle = fraction * math.pi / 2
     return math.cos(angle) * z + math.sin(angle) * z_prime
 
@@ -482,8 +482,8 @@ def colorize(score, sde, gray, x_T, **options):
 
 @torch.no_grad()
 def max_pairwise_distance(data):
-    """Technique 1, for sigma_1: the largest Euclidean distance of two of data (N, ...)."""
-    parts = data.flatten(1).split(1000)  # so that few at a time need memory as floats
+    """Technique 1, for sigma_1: the largest Euclidean distance between two of data (N, ...)."""
+    parts = data.flatten(1).split(1000)  # so that only a few at a time become floats
     pairs = ((a, b) for i, a in enumerate(parts) for b in parts[i:])
     return max(torch.cdist(a.float(), b.float()).max().item() for a, b in pairs)
 
@@ -512,7 +512,7 @@ SETTINGS = dict(  # CIFAR-10, with sources; every key is a flag
     weights=("", "published weights: google/ddpm-ema-cifar10-32, or diffusers' file or folder"),
     num_test=(64, "test images whose bits/dim are measured"),
     network=(("auto", "unet", "ddpm++", "ncsn++"), "auto: DDPM's unet, but App. H's on cifar10"),
-    deep=(False, "ddpm++ and ncsn++: 8 residual blocks a level (App. H)"),
+    deep=(False, "ddpm++ and ncsn++: 8 residual blocks per level (App. H)"),
 )
 MNIST = dict(
     sigma_max=0.0, image_size=(28, 28), channels=64, channel_mult=(1, 2, 2), dequantize=True,
@@ -521,7 +521,7 @@ MNIST = dict(
 PRESETS = {  # changes to SETTINGS
     "cifar10": {}, "mnist": MNIST, "fashion_mnist": MNIST,
     "folder": dict(sigma_max=0.0, flip=False),
-    "digits": dict(  # not in the paper: sized for minutes on a laptop
+    "digits": dict(  # not in the paper: trains in minutes on a laptop
         sigma_max=0.0, num_steps=400, corrector_steps=2, snr=0.35, control_snr=0.25,
         image_size=(16, 16), channels=16, channel_mult=(1, 2, 4), num_res_blocks=1,
         attention_resolutions=(8,), dropout=0.0, dequantize=True, lr=8e-3, batch_size=64,
@@ -535,7 +535,7 @@ NETWORKS = {"auto": UNet, "unet": UNet, "ddpm++": ddpm_plus_plus, "ncsn++": ncsn
 
 def preset(args):
     changes, network = dict(PRESETS.get(args.dataset, PRESETS["folder"])), args.network
-    if args.sde == "ve":  # H.1; Table 5
+    if args.sde == "ve":  # App. H.1; Table 5
         changes |= dict(predictor="reverse_diffusion", snr=0.16, ema_decay=0.999)
     if network == "auto" and args.dataset == "cifar10":  # App. H; Tables 2, 3
         network = "ncsn++" if args.sde == "ve" else "ddpm++"
@@ -568,7 +568,7 @@ def draw(run, x_T, chain, record=None):
     if chain["predictor"] != "ode":
         return to_uint8(run, pc_sample(run.score, run.process, x_T, **chain, record=record))
     run.bf16 = False
-    if record is not None:  # its stops are not evaluations of the samples
+    if record is not None:  # recording is not part of the samples' cost
         ode_sample(run.score, run.process, x_T[:8], *tolerances, record)
         run.calls = 0
     x, _ = ode_sample(run.score, run.process, x_T, *tolerances)
@@ -634,7 +634,7 @@ def save_rows(run, columns, name):
 
 
 def interpolate(run):
-    """Test images between which the codes of the ODE are mixed (Fig. 6)."""
+    """Pairs of test images, and mixtures of their ODE codes (Fig. 6)."""
     run.bf16, tolerances = False, (run.tolerance, run.tolerance)
     x_0 = to_float(run, run.test[: min(16, len(run.test)) // 2 * 2])
     z, z_prime = ode_encode(run.score, run.process, x_0, *tolerances)[0].chunk(2)
@@ -721,7 +721,7 @@ def class_conditional(run):
         logits = [classify(x, x.new_full((len(x),), t)) for x in x_t.split(run.sample_batch_size)]
         table.append((t, (torch.cat(logits).argmax(1) == labels).float().mean().item()))
         report("t = {:g}: accuracy {:.3f}".format(*table[-1]))
-    run.num_samples = K * math.ceil(run.num_samples / K)  # as many of each
+    run.num_samples = K * math.ceil(run.num_samples / K)  # equally many of each
 
     def draw_classes(first, n, record):  # image i is of class i mod K
         run.calls, wanted = 0, (first + torch.arange(n, device=run.device)) % K
@@ -749,7 +749,7 @@ def check(run):
     if run.task == "class" and not run.checkpoint:
         raise ValueError("--task class takes the --checkpoint of a score network")
     if run.predictor == "ode" and controls:
-        raise ValueError(f"--task {run.task} goes in steps: give it a --predictor other than ode")
+        raise ValueError(f"--task {run.task} needs a --predictor other than ode")
     if run.of_ddpm and any(getattr(run, key) != SETTINGS[key][0] for key in PROCESS[1:4]):
         raise ValueError("--beta-min, --beta-max: the checkpoint has its own")
     run.chain = dict(N=run.num_steps, predictor=run.predictor, corrector=run.corrector,
@@ -781,8 +781,8 @@ def main(argv=None):
         if run.task == "colorize" and run.image_channels != 3:
             raise ValueError("--task colorize takes colour images")
         run.process = make_process(run)
-        run.t_min = run.process.eps if run.of_ddpm else 1e-5  # of the likelihood (App. C)
-        if run.task == "samplers":  # all that are defined
+        run.t_min = run.process.eps if run.of_ddpm else 1e-5  # the likelihood's first time (App. C)
+        if run.task == "samplers":  # the strictest of them
             check_sampler(run.process, run.num_steps, "reverse_diffusion", "langevin")
         elif run.task not in ("bpd", "interpolate") and run.predictor != "ode":
             check_sampler(run.process, run.num_steps, run.predictor, run.corrector)
@@ -813,24 +813,24 @@ IMAGE_TYPES = ".jpg .jpeg .jfif .png .webp .bmp .gif .tif .tiff .ppm .pgm".split
 COMMON = dict(  # flags of every script beside its settings
     dataset=("digits", "digits, mnist, fashion_mnist, cifar10 or a folder of images"),
     data_dir=("data", "where torchvision downloads to"),
-    image_channels=(0, "1 for grey, 3 for colour, 0 for what the images are"),
+    image_channels=(0, "1 for grey, 3 for colour, 0 for the images' own"),
     out=("", "run folder, by default runs/SCRIPT-DATASET, or TASK beside the checkpoint"),
     checkpoint=("", "do not train, take the EMA weights and settings of this file"),
     resume=(False, "continue the training in the run folder"),
     seed=(0, "of all random numbers"),
-    device=("auto", "cuda, mps or cpu; auto takes the first there is"),
+    device=("auto", "cuda, mps or cpu; auto takes the first available"),
     compile=(False, "torch.compile the network"),
     bf16=(False, "run the network in bfloat16, except where likelihoods are measured"),
 )
 HELP = dict(  # of the settings that all scripts share
-    steps="training steps", batch_size="examples a step, of all processes together",
+    steps="training steps", batch_size="examples per step, over all processes",
     lr="Adam's learning rate", warmup="steps until the rate reaches --lr",
     lr_decay="p: after the warmup the rate falls as step^-p",
     image_size="pixels, N or H W: other images are resized",
-    grad_clip="largest gradient norm, 0: any", ema_decay="of averaged weights, 0: no average",
+    grad_clip="largest gradient norm, 0: no limit", ema_decay="of averaged weights, 0: no average",
     flip="mirror training images at random",
     channels="of the U-Net's first level", channel_mult="channels of each level / --channels",
-    num_res_blocks="residual blocks of a level", attention_resolutions="sizes with attention",
+    num_res_blocks="residual blocks per level", attention_resolutions="sizes with attention",
     dropout="rate in the network", num_samples="examples to sample",
     sample_batch_size="examples sampled or tested at a time",
     log_every="steps between log lines", save_every="steps between checkpoints",
@@ -839,7 +839,7 @@ NETWORK = ("image_channels", "image_size", "channels", "channel_mult", "num_res_
            "attention_resolutions", "dropout")
 MAY_BE_0 = ("image_channels seed warmup lr_decay grad_clip ema_decay dropout hybrid guidance eta "
             "data_noise sigma_max levels eps mix_at num_steps").split()
-ADVICE = {  # for errors of the machine: what their text has in it, and what to do
+ADVICE = {  # patterns in the text of the machine's errors, and what to do
     "allocate|out of memory|ALLOC_FAILED": "the memory is full: lower --batch-size, "
                                            "--sample-batch-size, --channels or --image-size",
     "[Cc]ompiler": "--compile needs a C++ compiler (g++ or clang): install one or leave it out",
@@ -862,7 +862,7 @@ def fail(message):
 def one_line_errors():
     """What a user can get wrong, or the machine lacks, ends with one line and exit code 2."""
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # a code page may lack a folder's name
+        stream.reconfigure(errors="backslashreplace")  # a code page may lack a letter of a path
     try:
         yield
     except (ValueError, OSError, RuntimeError) as error:
@@ -882,7 +882,7 @@ def seed_all(*key):
 def read_args(argv, settings, preset, tasks, fixed=(), reads=(), published=None):
     """The arguments, `run`: a flag beats the checkpoint's value, which beats preset(arguments),
     which beats settings, {name: value or (value, help)}. What is `fixed` must agree with the
-    checkpoint; reads: other scripts whose checkpoints will do; published: a function of --weights.
+    checkpoint; reads: other scripts whose checkpoints it takes; published: it reads --weights.
     """
     parser = argparse.ArgumentParser(f"{SCRIPT}.py", None, __doc__.split("\n\n")[0], add_help=False,
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -902,7 +902,7 @@ def read_args(argv, settings, preset, tasks, fixed=(), reads=(), published=None)
     out, loaded, saved = f"runs/{SCRIPT}-{Path(early.dataset).resolve().name}", None, {}
     weights = published and early.weights
     if bool(weights) + bool(early.checkpoint) + early.resume > 1:
-        fail("--resume takes the run folder's own checkpoint: leave out --checkpoint or --weights")
+        fail("--checkpoint, --weights and --resume exclude each other: leave out all but one")
     if weights:
         out, loaded = f"runs/{SCRIPT}-{Path(weights).name}/{early.task}", published(weights)
     elif early.checkpoint:
@@ -918,7 +918,7 @@ def read_args(argv, settings, preset, tasks, fixed=(), reads=(), published=None)
             saved = {key: saved[key] for key in saved.keys() & known}
         early.dataset = saved["dataset"]
     parser.set_defaults(**{"classes": ()} | preset(early) | saved)
-    parser.add_argument("-h", "--help", action="help", help="show this text, for a --dataset")
+    parser.add_argument("-h", "--help", action="help", help="show this text for a given --dataset")
     run = parser.parse_args(argv)
     run.checkpoint = run.checkpoint or weights
     if len(run.image_size) > 2:
@@ -994,7 +994,7 @@ def load_folder(run):
     if len(rows) < len(files):
         report(f"{root}: {len(files) - len(rows)} other files are left out")
     if all(for_test for for_test, _ in rows):
-        raise ValueError(f"{root} holds {len(rows)} images ({' '.join(IMAGE_TYPES)}): 2 are needed")
+        raise ValueError(f"{root} has {len(rows)} images ({' '.join(IMAGE_TYPES)}): add some more")
     class_of = {path: (*path.parts[split:-1], "")[0] for _, path in rows}
     run.classes = run.classes or tuple(sorted({*class_of.values()} - {""}))
     rows = sorted(row for row in rows if row[0] or run.trains)  # training images come first
@@ -1009,7 +1009,7 @@ def load_folder(run):
         try:
             image = Image.open(file)
             if image.mode[0] in "IF":
-                raise ValueError("more than 8 bits a channel: convert it to 8")
+                raise ValueError("more than 8 bits per channel: convert it to 8")
             with contextlib.suppress(Exception):  # ignore a broken EXIF block
                 image = ImageOps.exif_transpose(image)
             if image.has_transparency_data:
@@ -1022,7 +1022,7 @@ def load_folder(run):
 
     Image.MAX_IMAGE_PIXELS = None  # these limits are for servers: here the user chose the files
     PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**30
-    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:  # more wait for Python
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:  # more would wait for Python
         list(pool.map(read, range(len(rows))))
     if errors:
         raise ValueError(f"{len(errors)} of {len(rows)} images cannot be read: {min(errors)}")
@@ -1044,7 +1044,7 @@ def load_images(run):
         try:
             parts = [kind(root, train=train, download=not own) for train in (True, False)]
         except (RuntimeError, OSError) as error:
-            raise OSError(f"cannot download {run.dataset} ({error}): put torchvision's files of it "
+            raise OSError(f"cannot download {run.dataset} ({error}): put torchvision's copy "
                           f"below {root}") from error
         if RANK == 0 and WORLD > 1:
             dist.barrier()
@@ -1063,14 +1063,14 @@ def load_images(run):
 
 def load_data(run):
     """Training images and labels, on the device if they are small; sets run.test and
-    run.test_labels, in an order that --seed draws. Samples need no data: there both may be None."""
+    run.test_labels, in an order that --seed draws. Sampling needs no data: both may be None."""
     run.test, run.unlabelled = None, []
     try:
         train, test = load_images(run)
     except (ValueError, OSError) as error:
         if not run.checkpoint or run.task != "sample":
             raise
-        report(f"process.png goes without its first row: {error}")
+        report(f"process.png lacks its first row: {error}")
         return None
     order = torch.randperm(len(test[0]), generator=torch.Generator().manual_seed(run.seed))
     run.test, run.test_labels = (part[order].to(run.device) for part in test)
@@ -1104,8 +1104,8 @@ def save_checkpoint(path, state):
 
 
 def load_checkpoint(path, methods):
-    """The checkpoint, on the CPU. weights_only keeps a hostile file from running code; a flipped
-    byte is data to torch.load, not to the archive's checksums."""
+    """The checkpoint, on the CPU. weights_only keeps a hostile file from running code; torch.load
+    accepts a flipped byte, the archive's checksums do not."""
     if not Path(path).is_file():
         raise ValueError(f"there is no checkpoint {path}")
     try:
@@ -1191,8 +1191,8 @@ def fit(net, loss_fn, data, run):
             stopped = stops > 0
             running.zero_()
             if count == 0:
-                fail(f"since the last log line, to step {step}, no loss is finite: lower --lr")
-            pace = (time.time() - start) / (step - first)  # seconds a step
+                fail(f"no loss was finite since the last log line (step {step}): lower --lr")
+            pace = (time.time() - start) / (step - first)  # seconds per step
             left = datetime.timedelta(seconds=round(pace * (run.steps - step)))
             report(f"step {step} of {run.steps}: loss {total / count:.4f}, "
                    f"{run.batch_size / pace:.0f} examples/s, {left} left")
@@ -1230,7 +1230,7 @@ def save_grid(images, path, columns, labels=()):
 def save_images(draw, run):
     """Make images/NNNNNN.png of draw(first, n, record) -> (n, C, H, W) uint8, in batches: functions
     of (seed, first), so that processes share them and what exists is not drawn again. Returns at
-    most 100 images, and the states of the first batch if it was drawn here and now."""
+    most 100 images, and the states of the first batch if this call drew it."""
     folder, record = run.out / "images", []
     if RANK == 0 and run.results.get("arguments") != run.arguments:
         shutil.rmtree(folder, ignore_errors=True)  # they are images of other settings
@@ -1264,7 +1264,7 @@ def save_results(run, **entries):
 
 def do_tasks(run, tasks, also=()):
     """Do run.task and, after training for `sample`, the tasks `also`; what they return goes into
-    results.json, with what repeats it."""
+    results.json, with what it takes to repeat them."""
     if run.checkpoint:  # the same command will continue
         save_results(run, arguments=run.arguments)
     for name in (run.task, *(also if run.task == "sample" and not run.checkpoint else ())):

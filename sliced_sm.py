@@ -1,11 +1,11 @@
 """Sliced score matching, SSM (Song, Garg, Shi, Ermon 2019, arXiv:1905.07088), and the networks with
-noise levels that NCSN (Song, Ermon 2019, arXiv:1907.05600) trains by it.
+noise levels that NCSN (Song, Ermon 2019, arXiv:1907.05600) trains with it.
 
-Implements: SSM's Sec. 2 and 3 with Alg. 1; and of NCSN, whose numbers the rest has: Eq. (4), (6);
+Implements: SSM's Sec. 2 and 3 with Alg. 1; and, with NCSN's numbers, its Eq. (4), (6);
 Alg. 1; Fig. 2.
 
     x               data; images: 8 bits scaled linearly to [0, 1]  (B, ...), d numbers each
-    s, score(x)     the model of grad log p(x), gradient by x       like x
+    s, score(x)     the model of grad log p(x), the score       like x
     v               random projection, E[v v^T] = I                 like x
     z               noise of the data, of each Langevin step        like x, N(0, I)
     sigmas          noise levels sigma_1 > ... > sigma_L            (L,) float64, with one ratio
@@ -18,12 +18,12 @@ Alg. 1; Fig. 2.
     python sliced_sm.py --checkpoint runs/sliced_sm-digits/checkpoint.pt --task cost
 
 README.md has measured results. Deviations from NCSN's training by sliced score matching:
-1. The network is DDPM's U-Net, of 2 x - 1 and the level's index; score = its output / sigma.
+1. The network, DDPM's U-Net, takes 2 x - 1 and the level's index; score = its output / sigma.
 2. The loss is divided by d: with gradient clipping the scale matters.
 3. The EMA decay after n steps is min(decay, (1 + n) / (10 + n)), to forget the initial weights.
 4. Rademacher projections, SSM's default; NCSN's code draws Gaussian ones.
 5. Images are not dequantised.
-6. On digits sigma falls from 3 to 0.1, not from 1 to 0.01, and the sequel's denoising ends the run.
+6. On digits sigma falls from 3 to 0.1, not 1 to 0.01, and chains end with the sequel's denoising.
 """
 
 import argparse
@@ -60,13 +60,13 @@ def exact_score_matching(score, x):
     """Score matching (Hyvarinen 2005): tr(grad s) + 1/2 |s|^2, (B,), for x (B, ...).
 
     One back-propagation for each of the d dimensions. Here and below each row of s depends on its
-    own row of x alone, so that the sum over the batch can be differentiated at once.
+    own row of x only, so the sum over the batch can be differentiated at once.
     """
     x = x.detach().requires_grad_()
     s = score(x)
     trace = 0
     for i, s_i in enumerate(s.flatten(1).unbind(1)):  # each (B,)
-        (grad,) = torch.autograd.grad(s_i.sum(), x, create_graph=True)  # of s_i by x
+        (grad,) = torch.autograd.grad(s_i.sum(), x, create_graph=True)  # d s_i / d x
         trace = trace + grad.flatten(1)[:, i]
     return trace + 0.5 * s.square().flatten(1).sum(1)  # SSM, Sec. 2
 
@@ -110,7 +110,7 @@ def sliced_score_matching(score, x, n_projections=1, projection="rademacher",
     for _ in range(n_projections):
         v = random_projection(x, projection)
         slices = (v * s).flatten(1).sum(1)  # v^T s, (B,)
-        (grad,) = torch.autograd.grad(slices.sum(), x, create_graph=True)  # of v^T s by x
+        (grad,) = torch.autograd.grad(slices.sum(), x, create_graph=True)  # d (v^T s) / d x
         square = s.square().flatten(1).sum(1) if variance_reduced else slices.square()
         loss = loss + (v * grad).flatten(1).sum(1) + 0.5 * square  # SSM, Sec. 3 and Alg. 1
     return loss / n_projections
@@ -159,7 +159,7 @@ def level_score_model(net, sigmas):
 
 
 def precision(device):
-    """The dtype of tables: float64, which only mps does not have."""
+    """The dtype of tables: float64, which only mps lacks."""
     return torch.float32 if torch.device(device).type == "mps" else torch.float64
 
 
@@ -188,12 +188,12 @@ def record_steps(T):
 
 
 def geometric_sigmas(sigma_1, sigma_L, L):
-    """Levels sigma_1 > ... > sigma_L of one ratio, (L,) float64 (Sec. 4.1). L = 1: (sigma_L,).
+    """Levels sigma_1 > ... > sigma_L, geometric, (L,) float64 (Sec. 4.1). L = 1: (sigma_L,).
 
     ValueError unless L >= 1 and sigma_1 > sigma_L > 0 (or L = 1).
     """
     if L < 1 or sigma_L <= 0 or (L > 1 and sigma_1 <= sigma_L):
-        raise ValueError(f"sigma from {sigma_1} to {sigma_L} in {L} levels: not L >= 1, falling")
+        raise ValueError(f"sigma from {sigma_1} to {sigma_L} in {L} levels: need L >= 1, falling")
     if L == 1:
         return torch.tensor([sigma_L], dtype=torch.float64)
     return torch.logspace(math.log10(sigma_1), math.log10(sigma_L), L, dtype=torch.float64)
@@ -201,9 +201,9 @@ def geometric_sigmas(sigma_1, sigma_L, L):
 
 @torch.no_grad()
 def annealed_langevin(score, x, sigmas, eps, T, denoise=False, record=None):
-    """Alg. 1 from x (B, ...), the papers' is U[0, 1]: L T evaluations of score(x, sigma).
+    """Alg. 1 from x (B, ...), in the papers U[0, 1]: L T evaluations of score(x, sigma).
 
-    eps: the step size at sigma_L. denoise: one evaluation more, to the mean of the data given x
+    eps: the step size at sigma_L. denoise: one more evaluation, for the mean of the data given x
     (NCSNv2, Alg. 1). record: like langevin's, then the denoised state.
     """
     recorded, step = record_steps(len(sigmas) * T), 0
@@ -223,7 +223,7 @@ def annealed_langevin(score, x, sigmas, eps, T, denoise=False, record=None):
     return x
 
 
-# The toy data: NCSN, Fig. 2's 1/5 N((-5, -5), I) + 4/5 N((5, 5), I), and a checkerboard
+# The toy data: 1/5 N((-5, -5), I) + 4/5 N((5, 5), I) (NCSN, Fig. 2), and a checkerboard
 
 
 def gmm_sample(n):
@@ -270,14 +270,14 @@ MNIST = dict(
     image_size=(28, 28), channels=64, channel_mult=(1, 2, 2), attention_resolutions=(14,),
     flip=False,
 )
-GMM = dict(  # NCSN, Fig. 2, 3 and their appendix; ours: an average of Adam's noisy last weights
+GMM = dict(  # NCSN, Fig. 2, 3 and their appendix; ours: the EMA, as Adam's last weights are noisy
     levels=1, sigma_min=1.0, T=1000, eps=0.1, steps=10_000, num_samples=1280, flip=False,
     ema_decay=0.999,
 )
 PRESETS = {  # changes to SETTINGS
     "cifar10": {}, "folder": dict(flip=False), "mnist": MNIST, "fashion_mnist": MNIST, "gmm": GMM,
     "checkerboard": GMM | dict(data_noise=0.2, eps=0.01),  # ours: its sharp edges have no score
-    "digits": dict(  # not in the papers: sized for minutes on a laptop
+    "digits": dict(  # not in the papers: trains in minutes on a laptop
         sigma_max=3.0, sigma_min=0.1, levels=32, T=20, eps=0.002, denoise=True, ema_decay=0.999,
         image_size=(16, 16), channels=16, channel_mult=(1, 2, 4), num_res_blocks=1,
         attention_resolutions=(8,), lr=4e-3, batch_size=64, steps=1000, warmup=150, lr_decay=1.0,
@@ -301,7 +301,7 @@ def check(run):
     """ValueError for what does not go together."""
     toy, loaded = run.dataset in TOYS, run.loaded
     if loaded and (loaded["settings"]["dataset"] in TOYS) != toy:
-        raise ValueError(f"--dataset {run.dataset}: points have another network than images")
+        raise ValueError(f"--dataset {run.dataset}: points and images have different networks")
     if toy and (run.flip or run.task != "sample" or run.levels > 1):
         raise ValueError(f"--dataset {run.dataset} takes --task sample, --levels 1 and --no-flip")
     if run.levels > 1 and run.data_noise > 0:
@@ -366,7 +366,7 @@ def sample(run):
 
 
 def test(run):
-    """The yardstick: denoising score matching, whatever the network was trained by."""
+    """The yardstick: denoising score matching, whatever objective trained the network."""
     run.bf16, images, losses = False, to_float(run.test[: run.num_test]), []
     for sigma in run.sigmas:
         parts = [noise_conditional_loss(run.score, x, sigma[None], "dsm") * len(x)
@@ -374,7 +374,7 @@ def test(run):
         losses.append(sum(parts).item() / images.numel())
     report(f"denoising loss per dimension of {len(images)} test images: "
            f"{sum(losses) / len(losses):.4f}, from {losses[0]:.4f} at sigma_1 to "
-           f"{losses[-1]:.4f} at sigma_L; 0.5 by a score of 0")
+           f"{losses[-1]:.4f} at sigma_L; a score of 0 has 0.5")
     return {"n": len(images), "split": "test", "dsm_loss": losses, **run.measured}
 
 
@@ -389,7 +389,7 @@ def fluctuation(run):
 
 
 def seconds(net, score, x, objective):
-    """Best of three times of the gradient of net's weights for one batch x; one more warms up."""
+    """Seconds for one gradient of net's weights on x: the best of three, after one to warm up."""
     times = []
     for _ in range(4):
         since = time.time()
@@ -402,13 +402,13 @@ def seconds(net, score, x, objective):
 
 
 def cost(run):
-    """A training step's cost for each objective, by the U-Net and by an MLP in d dimensions."""
+    """A training step's cost for each objective, of the U-Net and of an MLP in d dimensions."""
     size = (run.batch_size, run.image_channels, *run.image_size)
     x, table = torch.rand(size, device=run.device), []
     run.net.requires_grad_(True)
     unet = {name: seconds(run.net, run.one_level, x, name) for name in ("dsm", "ssm", "ssm-vr")}
-    report(f"U-Net, {len(x)} images: a step takes {unet['dsm']:.3f} s by dsm, "
-           f"{unet['ssm-vr'] / unet['dsm']:.2f} times as long by ssm-vr")
+    report(f"U-Net, {len(x)} images: a step takes {unet['dsm']:.3f} s with dsm, "
+           f"{unet['ssm-vr'] / unet['dsm']:.2f} times as long with ssm-vr")
     for d in (4, 16, 64):
         small, x = mlp(d, 128).to(run.device), torch.randn(128, d, device=run.device)
         row = {name: seconds(small, small, x, name) for name in ("dsm", "ssm", "ssm-vr", "sm")}
@@ -455,7 +455,7 @@ def square(run, n):
 
 
 def score_error(run, exact_score):
-    """Of gmm, inside the discs of radius 3 around the modes, 99% of the data, and outside."""
+    """On gmm, inside the discs of radius 3 around the modes (99% of the data) and outside."""
     x, measured = square(run, 161), {}
     near = torch.minimum((x - 5).norm(dim=1), (x + 5).norm(dim=1)) <= 3
     for name, where in (("inside", near), ("outside", ~near)):
@@ -526,24 +526,24 @@ IMAGE_TYPES = ".jpg .jpeg .jfif .png .webp .bmp .gif .tif .tiff .ppm .pgm".split
 COMMON = dict(  # flags of every script beside its settings
     dataset=("digits", "digits, mnist, fashion_mnist, cifar10 or a folder of images"),
     data_dir=("data", "where torchvision downloads to"),
-    image_channels=(0, "1 for grey, 3 for colour, 0 for what the images are"),
+    image_channels=(0, "1 for grey, 3 for colour, 0 for the images' own"),
     out=("", "run folder, by default runs/SCRIPT-DATASET, or TASK beside the checkpoint"),
     checkpoint=("", "do not train, take the EMA weights and settings of this file"),
     resume=(False, "continue the training in the run folder"),
     seed=(0, "of all random numbers"),
-    device=("auto", "cuda, mps or cpu; auto takes the first there is"),
+    device=("auto", "cuda, mps or cpu; auto takes the first available"),
     compile=(False, "torch.compile the network"),
     bf16=(False, "run the network in bfloat16, except where likelihoods are measured"),
 )
 HELP = dict(  # of the settings that all scripts share
-    steps="training steps", batch_size="examples a step, of all processes together",
+    steps="training steps", batch_size="examples per step, over all processes",
     lr="Adam's learning rate", warmup="steps until the rate reaches --lr",
     lr_decay="p: after the warmup the rate falls as step^-p",
     image_size="pixels, N or H W: other images are resized",
-    grad_clip="largest gradient norm, 0: any", ema_decay="of averaged weights, 0: no average",
+    grad_clip="largest gradient norm, 0: no limit", ema_decay="of averaged weights, 0: no average",
     flip="mirror training images at random",
     channels="of the U-Net's first level", channel_mult="channels of each level / --channels",
-    num_res_blocks="residual blocks of a level", attention_resolutions="sizes with attention",
+    num_res_blocks="residual blocks per level", attention_resolutions="sizes with attention",
     dropout="rate in the network", num_samples="examples to sample",
     sample_batch_size="examples sampled or tested at a time",
     log_every="steps between log lines", save_every="steps between checkpoints",
@@ -552,7 +552,7 @@ NETWORK = ("image_channels", "image_size", "channels", "channel_mult", "num_res_
            "attention_resolutions", "dropout")
 MAY_BE_0 = ("image_channels seed warmup lr_decay grad_clip ema_decay dropout hybrid guidance eta "
             "data_noise sigma_max levels eps mix_at num_steps").split()
-ADVICE = {  # for errors of the machine: what their text has in it, and what to do
+ADVICE = {  # patterns in the text of the machine's errors, and what to do
     "allocate|out of memory|ALLOC_FAILED": "the memory is full: lower --batch-size, "
                                            "--sample-batch-size, --channels or --image-size",
     "[Cc]ompiler": "--compile needs a C++ compiler (g++ or clang): install one or leave it out",
@@ -575,7 +575,7 @@ def fail(message):
 def one_line_errors():
     """What a user can get wrong, or the machine lacks, ends with one line and exit code 2."""
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # a code page may lack a folder's name
+        stream.reconfigure(errors="backslashreplace")  # a code page may lack a letter of a path
     try:
         yield
     except (ValueError, OSError, RuntimeError) as error:
@@ -595,7 +595,7 @@ def seed_all(*key):
 def read_args(argv, settings, preset, tasks, fixed=(), reads=(), published=None):
     """The arguments, `run`: a flag beats the checkpoint's value, which beats preset(arguments),
     which beats settings, {name: value or (value, help)}. What is `fixed` must agree with the
-    checkpoint; reads: other scripts whose checkpoints will do; published: a function of --weights.
+    checkpoint; reads: other scripts whose checkpoints it takes; published: it reads --weights.
     """
     parser = argparse.ArgumentParser(f"{SCRIPT}.py", None, __doc__.split("\n\n")[0], add_help=False,
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -615,7 +615,7 @@ def read_args(argv, settings, preset, tasks, fixed=(), reads=(), published=None)
     out, loaded, saved = f"runs/{SCRIPT}-{Path(early.dataset).resolve().name}", None, {}
     weights = published and early.weights
     if bool(weights) + bool(early.checkpoint) + early.resume > 1:
-        fail("--resume takes the run folder's own checkpoint: leave out --checkpoint or --weights")
+        fail("--checkpoint, --weights and --resume exclude each other: leave out all but one")
     if weights:
         out, loaded = f"runs/{SCRIPT}-{Path(weights).name}/{early.task}", published(weights)
     elif early.checkpoint:
@@ -631,7 +631,7 @@ def read_args(argv, settings, preset, tasks, fixed=(), reads=(), published=None)
             saved = {key: saved[key] for key in saved.keys() & known}
         early.dataset = saved["dataset"]
     parser.set_defaults(**{"classes": ()} | preset(early) | saved)
-    parser.add_argument("-h", "--help", action="help", help="show this text, for a --dataset")
+    parser.add_argument("-h", "--help", action="help", help="show this text for a given --dataset")
     run = parser.parse_args(argv)
     run.checkpoint = run.checkpoint or weights
     if len(run.image_size) > 2:
@@ -707,7 +707,7 @@ def load_folder(run):
     if len(rows) < len(files):
         report(f"{root}: {len(files) - len(rows)} other files are left out")
     if all(for_test for for_test, _ in rows):
-        raise ValueError(f"{root} holds {len(rows)} images ({' '.join(IMAGE_TYPES)}): 2 are needed")
+        raise ValueError(f"{root} has {len(rows)} images ({' '.join(IMAGE_TYPES)}): add some more")
     class_of = {path: (*path.parts[split:-1], "")[0] for _, path in rows}
     run.classes = run.classes or tuple(sorted({*class_of.values()} - {""}))
     rows = sorted(row for row in rows if row[0] or run.trains)  # training images come first
@@ -722,7 +722,7 @@ def load_folder(run):
         try:
             image = Image.open(file)
             if image.mode[0] in "IF":
-                raise ValueError("more than 8 bits a channel: convert it to 8")
+                raise ValueError("more than 8 bits per channel: convert it to 8")
             with contextlib.suppress(Exception):  # ignore a broken EXIF block
                 image = ImageOps.exif_transpose(image)
             if image.has_transparency_data:
@@ -735,7 +735,7 @@ def load_folder(run):
 
     Image.MAX_IMAGE_PIXELS = None  # these limits are for servers: here the user chose the files
     PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**30
-    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:  # more wait for Python
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:  # more would wait for Python
         list(pool.map(read, range(len(rows))))
     if errors:
         raise ValueError(f"{len(errors)} of {len(rows)} images cannot be read: {min(errors)}")
@@ -757,7 +757,7 @@ def load_images(run):
         try:
             parts = [kind(root, train=train, download=not own) for train in (True, False)]
         except (RuntimeError, OSError) as error:
-            raise OSError(f"cannot download {run.dataset} ({error}): put torchvision's files of it "
+            raise OSError(f"cannot download {run.dataset} ({error}): put torchvision's copy "
                           f"below {root}") from error
         if RANK == 0 and WORLD > 1:
             dist.barrier()
@@ -776,14 +776,14 @@ def load_images(run):
 
 def load_data(run):
     """Training images and labels, on the device if they are small; sets run.test and
-    run.test_labels, in an order that --seed draws. Samples need no data: there both may be None."""
+    run.test_labels, in an order that --seed draws. Sampling needs no data: both may be None."""
     run.test, run.unlabelled = None, []
     try:
         train, test = load_images(run)
     except (ValueError, OSError) as error:
         if not run.checkpoint or run.task != "sample":
             raise
-        report(f"process.png goes without its first row: {error}")
+        report(f"process.png lacks its first row: {error}")
         return None
     order = torch.randperm(len(test[0]), generator=torch.Generator().manual_seed(run.seed))
     run.test, run.test_labels = (part[order].to(run.device) for part in test)
@@ -817,8 +817,8 @@ def save_checkpoint(path, state):
 
 
 def load_checkpoint(path, methods):
-    """The checkpoint, on the CPU. weights_only keeps a hostile file from running code; a flipped
-    byte is data to torch.load, not to the archive's checksums."""
+    """The checkpoint, on the CPU. weights_only keeps a hostile file from running code; torch.load
+    accepts a flipped byte, the archive's checksums do not."""
     if not Path(path).is_file():
         raise ValueError(f"there is no checkpoint {path}")
     try:
@@ -904,8 +904,8 @@ def fit(net, loss_fn, data, run):
             stopped = stops > 0
             running.zero_()
             if count == 0:
-                fail(f"since the last log line, to step {step}, no loss is finite: lower --lr")
-            pace = (time.time() - start) / (step - first)  # seconds a step
+                fail(f"no loss was finite since the last log line (step {step}): lower --lr")
+            pace = (time.time() - start) / (step - first)  # seconds per step
             left = datetime.timedelta(seconds=round(pace * (run.steps - step)))
             report(f"step {step} of {run.steps}: loss {total / count:.4f}, "
                    f"{run.batch_size / pace:.0f} examples/s, {left} left")
@@ -943,7 +943,7 @@ def save_grid(images, path, columns, labels=()):
 def save_images(draw, run):
     """Make images/NNNNNN.png of draw(first, n, record) -> (n, C, H, W) uint8, in batches: functions
     of (seed, first), so that processes share them and what exists is not drawn again. Returns at
-    most 100 images, and the states of the first batch if it was drawn here and now."""
+    most 100 images, and the states of the first batch if this call drew it."""
     folder, record = run.out / "images", []
     if RANK == 0 and run.results.get("arguments") != run.arguments:
         shutil.rmtree(folder, ignore_errors=True)  # they are images of other settings
@@ -977,7 +977,7 @@ def save_results(run, **entries):
 
 def do_tasks(run, tasks, also=()):
     """Do run.task and, after training for `sample`, the tasks `also`; what they return goes into
-    results.json, with what repeats it."""
+    results.json, with what it takes to repeat them."""
     if run.checkpoint:  # the same command will continue
         save_results(run, arguments=run.arguments)
     for name in (run.task, *(also if run.task == "sample" and not run.checkpoint else ())):

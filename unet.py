@@ -1,7 +1,7 @@
 """The U-Net of DDPM (Ho, Jain, Abbeel 2020, arXiv:2006.11239, App. B), shared by all scripts.
 
 Layer for layer the network that the authors released: the defaults are their CIFAR-10 model with
-35,746,307 parameters. UNet.load_published takes its published weights.
+35,746,307 parameters. UNet.load_published loads its published weights.
 
     net = UNet()                                                        # CIFAR-10, 3 x 32 x 32
     net = UNet(1, 1, channels=32, channel_mult=(1, 2, 2), image_size=16)    # small and grey
@@ -45,8 +45,8 @@ def group_norm(channels):
 def check_width(channels, channel_mult):
     widest = 2 * channels * max(channel_mult)  # with its skip connection
     if channels % (4 if widest <= 128 else 32):
-        raise ValueError(f"channels = {channels} does not split into groups: a multiple of "
-                         "32 does, or of 4 where channels * channel_mult is at most 64")
+        raise ValueError(f"channels = {channels} does not split into groups: take a multiple "
+                         "of 32, or of 4 where channels * channel_mult is at most 64")
 
 
 def check_images(x, channels, multiple):
@@ -74,7 +74,7 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(channels, 3 * channels)
         self.out = init(nn.Linear(channels, channels), scale=0)
         nn.init.zeros_(self.qkv.bias)
-        for weight in self.qkv.weight.data.chunk(3):  # as the three layers that it replaces
+        for weight in self.qkv.weight.data.chunk(3):  # like the three layers that it replaces
             nn.init.xavier_uniform_(weight)
 
     def forward(self, x):
@@ -130,8 +130,8 @@ class UNet(nn.Module):
     Level i works at 1 / 2^i of the resolution with channels * channel_mult[i] channels, in
     num_res_blocks blocks on the way down and one more on the way up. It has attention where
     image_size / 2^i is one of attention_resolutions; H and W may differ from image_size and from
-    each other. t is embedded as it comes: DDPM's weights expect 0..T-1. ValueError: H or W is no
-    multiple of 2^(levels - 1), x has other channels, or groups cannot split the channels.
+    each other. t is embedded as it comes: DDPM's weights expect 0..T-1. ValueError: H or W is not
+    a multiple of 2^(levels - 1), x has other channels, or groups cannot split the channels.
     """
 
     def __init__(self, in_channels=3, out_channels=3, channels=128, channel_mult=(1, 2, 2, 2),
@@ -142,7 +142,7 @@ class UNet(nn.Module):
         check_width(channels, channel_mult)
         temb = 4 * channels
         first, second = init(nn.Linear(channels, temb)), init(nn.Linear(temb, temb))
-        self.time_mlp = nn.Sequential(first, nn.SiLU(), second, nn.SiLU())  # each block's own swish
+        self.time_mlp = nn.Sequential(first, nn.SiLU(), second, nn.SiLU())  # the blocks' swish
         self.conv_in = init(nn.Conv2d(in_channels, channels, 3, padding=1))
         widths = [channels * m for m in channel_mult]
         attends = [image_size / 2**i in attention_resolutions for i in range(len(widths))]
@@ -174,7 +174,7 @@ class UNet(nn.Module):
     def forward(self, x, t):
         check_images(x, self.in_channels, self.multiple)
         temb = self.time_mlp(time_embedding(t, self.channels).to(x.dtype))  # (B, 4 C)
-        # (B, C, H, W); a 1-channel x has no layout to hand on, so channels_last begins here
+        # (B, C, H, W); a 1-channel x has no memory layout to pass on, so channels_last begins here
         h = self.conv_in(x).contiguous(memory_format=torch.channels_last)
         skips = [h]
         for module in self.down:  # (B, C, H, W) -> (B, C * mult[-1], H / multiple, W / multiple)
@@ -261,7 +261,7 @@ def read_weights(file):
 
 
 def download(url, files):
-    """The first of files (paths) that is at url under its name. OSError if none can be had."""
+    """Download the first of files (paths) that url offers. OSError if it offers none."""
     for file in files:
         try:
             return torch.hub.download_url_to_file(f"{url}/{file.name}", file)
@@ -272,7 +272,7 @@ def download(url, files):
 
 
 def published(name):
-    """What a checkpoint of ddpm.py holds, of published CIFAR-10 weights: a file or a folder for
+    """A checkpoint like ddpm.py's, of published CIFAR-10 weights. name: a file or folder for
     load_published, or a model of the Hugging Face hub, downloaded once, into torch's cache."""
     path = Path(name)
     if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", name):
