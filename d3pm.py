@@ -223,7 +223,8 @@ class CategoricalDiffusion:
     def bayes(self, probs, x_t, t):
         """Probabilities of x_{t-1} given x_t from those before x_t was seen, both (B, ..., K)."""
         product = self.likelihood(x_t, t, probs.dtype) * probs + 1e-30  # finite when normalised
-        # D3PM Eq. (3), (4); with the uniform transition Multinomial Eq. (13)
+        # D3PM Eq. (3): x_t Q_t^T * x_0 Q_bar_{t-1} / (x_0 Q_bar_t x_t^T); Eq. (4) is its numerator
+        # with p~ for x_0; with the uniform transition they are Multinomial Eq. (13)
         return product / product.sum(-1, keepdim=True)
 
 
@@ -484,7 +485,7 @@ def load_chunks(run):
         if not run.checkpoint or run.task != "sample":
             raise
         report(f"process.txt lacks its first part: {error}")
-    if not run.trains:
+    if not run.needs_data:
         return None
     return [load_text(run, train=True).to(run.device).unfold(0, run.length, 1)]
 
@@ -608,6 +609,8 @@ def check(run):
             raise ValueError(f"--dataset {run.dataset}: the checkpoint is of "
                              f"{'text' if was_text else 'images'}")
         run.text = was_text  # the file may be gone
+    if run.transition == "auto":
+        run.transition = preset(run)["transition"]
     if run.text and run.flip:
         raise ValueError("--flip mirrors images, not text")
     if run.method == "multinomial" and (run.transition != "uniform" or run.hybrid):
@@ -781,7 +784,7 @@ def read_args(argv, settings, preset, tasks, fixed=(), reads=(), published=None)
             fail(f"{flag}: the checkpoint was trained with {saved[key]}")
         setattr(run, key, value)
     run.unet = {key: getattr(run, key) for key in NETWORK[2:]} | {"image_size": max(run.image_size)}
-    run.out, run.loaded, run.trains, run.file = out, loaded, not run.checkpoint, "checkpoint.pt"
+    run.out, run.loaded, run.needs_data, run.file = out, loaded, not run.checkpoint, "checkpoint.pt"
     machine = ("task", "out", "checkpoint", "resume", "device", "compile")
     run.keys = [key for key in (*settings, "classes") if key not in machine]  # a checkpoint's
     return run
@@ -819,7 +822,7 @@ def setup(run):
 
 
 def load_folder(run):
-    """As load_images, for the images below a folder; no training images unless run.trains. Sets
+    """As load_images, for the images below a folder; no training images unless run.needs_data. Sets
     run.unlabelled: the images in no class's folder."""
     root, (H, W), files, errors, grey = Path(run.dataset), run.image_size, [], [], []
     for folder, inner, names in os.walk(root, onerror=fail, followlinks=True):
@@ -844,7 +847,7 @@ def load_folder(run):
         raise ValueError(f"{root} has {len(rows)} images ({' '.join(IMAGE_TYPES)}): add some more")
     class_of = {path: (*path.parts[split:-1], "")[0] for _, path in rows}
     run.classes = run.classes or tuple(sorted({*class_of.values()} - {""}))
-    rows = sorted(row for row in rows if row[0] or run.trains)  # training images come first
+    rows = sorted(row for row in rows if row[0] or run.needs_data)  # training images come first
     run.unlabelled = [str(root / path) for _, path in rows if class_of[path] not in run.classes]
     number = {name: i for i, name in enumerate(run.classes)}
     labels = torch.tensor([number.get(class_of[path], -1) for _, path in rows])
@@ -922,7 +925,7 @@ def load_data(run):
     order = torch.randperm(len(test[0]), generator=torch.Generator().manual_seed(run.seed))
     run.test, run.test_labels = (part[order].to(run.device) for part in test)
     device = run.device if train[0].nbytes < 2**32 else "cpu"  # 4 GB
-    return [part.to(device) for part in train] if run.trains else None
+    return [part.to(device) for part in train] if run.needs_data else None
 
 
 def prepare(run, net):

@@ -21,8 +21,7 @@ README.md has measured results. Deviations from the paper and the released code:
 2. Training is DDPM's, whose weights gave the published CIFAR-10 numbers: means over dimensions,
    warmup, gradient clipping, independent t; EMA decay min(decay, (1 + n) / (10 + n)).
 3. The sigma-hat row of Table 1 clips x_0_hat to [-1, 1], as released; the other rows do not.
-4. The bundled digits, which are not in the paper, have T = 250, beta from 0.008 to 0.04.
-5. Analytic-DPM: eps is derived again from the clipped x_0_hat (released: eps is kept), and the last
+4. Analytic-DPM: eps is derived again from the clipped x_0_hat (released: eps is kept), and the last
    noise is always limited to two pixel levels (released: to one or two).
 """
 
@@ -57,8 +56,8 @@ from unet import UNet, published
 
 
 class Schedule:
-    """Variances beta_1 ... beta_T of the forward process, linear in t, and their products; sections
-    and equations of Ho et al. 2020.
+    """Variances beta_1 ... beta_T, linear in t, of q(x_t | x_{t-1}) = N(sqrt(1 - beta_t) x_{t-1},
+    beta_t I), and their products. Numbers are those of Ho et al. 2020.
 
     beta, alpha, alpha_bar, beta_tilde: (T + 1,) float64, indexed by the paper's t; entry 0 is the
     data: 0, 1, 1, 0. ValueError unless T >= 2, 0 < beta_1 <= beta_T < 1 and alpha_bar[T] > 1e-70.
@@ -182,25 +181,21 @@ def ddim_sample(model, x_T, schedule, tau, eta=0.0, clip=False, sigma_hat=False,
     """
     if sigma_hat and gamma is not None:
         raise ValueError("sigma_hat and gamma are two choices of the noise: take one of them")
-    x_t, recorded = x_T, () if record is None else record_steps(len(tau))
-    sigmas = None if gamma is None else analytic_sigmas(tau, gamma, schedule, eta, clip)
+    x_t, recorded, sigmas = x_T, () if record is None else record_steps(len(tau)), None
+    if sigma_hat:
+        alpha_bar = schedule.alpha_bar[tau]
+        eta, sigmas = 1.0, [0.0, *(1 - alpha_bar[1:] / alpha_bar[:-1]).sqrt()]  # App. D.3
+    elif gamma is not None:
+        sigmas = analytic_sigmas(tau, gamma, schedule, eta, clip)
     for i in range(len(tau), 0, -1):
         t, s = tau[i - 1], tau[i - 2] if i > 1 else 0
         if i in recorded:
             record.append(x_t)
         eps = model(x_t, torch.full((len(x_t),), t, device=x_t.device))
-        if sigma_hat:
-            no_noise = torch.zeros_like(x_t)
-            x_t = ddim_step(x_t, eps, t, s, schedule, 1.0, no_noise, clip)
-            if s > 0:
-                hat = (1 - schedule.alpha_bar[t] / schedule.alpha_bar[s]).sqrt()  # App. D.3
-                x_t = x_t + hat.to(x_t.dtype) * torch.randn_like(x_t)
-        elif sigmas:
-            x_t = ddim_step(x_t, eps, t, s, schedule, eta, torch.zeros_like(x_t), clip)
-            if s > 0:
-                x_t = x_t + sigmas[i - 1] * torch.randn_like(x_t)
-        else:
-            x_t = ddim_step(x_t, eps, t, s, schedule, eta, clip=clip)
+        no_noise = torch.zeros_like(x_t) if sigmas else None  # it has its own, below
+        x_t = ddim_step(x_t, eps, t, s, schedule, eta, no_noise, clip)
+        if sigmas and s > 0:
+            x_t = x_t + sigmas[i - 1] * torch.randn_like(x_t)
     if record is not None:
         record.append(x_t)
     return x_t
@@ -216,7 +211,7 @@ def ddim_encode(model, x_0, schedule, tau):
     x_s, s = x_0, 0
     for t in tau:
         eps = model(x_s, torch.full((len(x_s),), max(s, 1), device=x_s.device))
-        x_s, s = ddim_step(x_s, eps, s, t, schedule), t  # Eq. (13)
+        x_s, s = ddim_step(x_s, eps, s, t, schedule), t  # sqrt(alpha_bar_t) times Eq. (13)
     return x_s
 
 
@@ -264,6 +259,7 @@ def analytic_sigma(t, s, gamma, schedule, eta=0.0, clip=True):
     if clip:  # Var[x_0 | x_t] = (1 - alpha_bar_t) / alpha_bar_t Var[eps | x_t]
         missing = min(missing, alpha_bar_t / (1 - alpha_bar_t))  # Theorem 2
     factor = math.sqrt((1 - alpha_bar_t) * alpha_bar_s / alpha_bar_t) - direction
+    # lambda^2 + (sqrt(beta_bar_t / alpha) - sqrt(beta_bar_s - lambda^2))^2 (1 - beta_bar_t Gamma)
     return math.sqrt(variance + factor**2 * missing)  # Theorem 1
 
 
@@ -432,14 +428,15 @@ TASKS = {f.__name__: f for f in (sample, sweep, reconstruct, interpolate)}
 def main(argv=None):
     with one_line_errors():
         schedule_of = ("T", "beta_1", "beta_T")
-        run = read_args(argv, SETTINGS, preset, TASKS, schedule_of, ("ddpm",), published)
+        run = read_args(argv, SETTINGS, preset, TASKS, schedule_of, reads=("ddpm",),
+                        published=published)
         schedule = Schedule(run.T, run.beta_1, run.beta_T)
         steps = run.num_steps if run.task in ("sample", "interpolate") else 1  # others: fixed lists
         run.tau = timesteps(run.T, steps, run.spacing)
         ddim_step(torch.zeros(1), torch.zeros(1), run.T, 0, schedule, run.eta)  # refuses a bad eta
         if run.sigma_hat and run.variance == "analytic":
             raise ValueError("--sigma-hat and --variance analytic are two choices of the noise")
-        run.trains = run.trains or run.variance == "analytic" or run.task == "sweep"
+        run.needs_data = run.needs_data or run.variance == "analytic" or run.task == "sweep"
         setup(run)
         if schedule.alpha_bar[-1] > 0.01:
             report(f"alpha_bar_T = {schedule.alpha_bar[-1]:.2f} leaves data in x_T: multiply "
@@ -584,7 +581,7 @@ def read_args(argv, settings, preset, tasks, fixed=(), reads=(), published=None)
             fail(f"{flag}: the checkpoint was trained with {saved[key]}")
         setattr(run, key, value)
     run.unet = {key: getattr(run, key) for key in NETWORK[2:]} | {"image_size": max(run.image_size)}
-    run.out, run.loaded, run.trains, run.file = out, loaded, not run.checkpoint, "checkpoint.pt"
+    run.out, run.loaded, run.needs_data, run.file = out, loaded, not run.checkpoint, "checkpoint.pt"
     machine = ("task", "out", "checkpoint", "resume", "device", "compile")
     run.keys = [key for key in (*settings, "classes") if key not in machine]  # a checkpoint's
     return run
@@ -622,7 +619,7 @@ def setup(run):
 
 
 def load_folder(run):
-    """As load_images, for the images below a folder; no training images unless run.trains. Sets
+    """As load_images, for the images below a folder; no training images unless run.needs_data. Sets
     run.unlabelled: the images in no class's folder."""
     root, (H, W), files, errors, grey = Path(run.dataset), run.image_size, [], [], []
     for folder, inner, names in os.walk(root, onerror=fail, followlinks=True):
@@ -647,7 +644,7 @@ def load_folder(run):
         raise ValueError(f"{root} has {len(rows)} images ({' '.join(IMAGE_TYPES)}): add some more")
     class_of = {path: (*path.parts[split:-1], "")[0] for _, path in rows}
     run.classes = run.classes or tuple(sorted({*class_of.values()} - {""}))
-    rows = sorted(row for row in rows if row[0] or run.trains)  # training images come first
+    rows = sorted(row for row in rows if row[0] or run.needs_data)  # training images come first
     run.unlabelled = [str(root / path) for _, path in rows if class_of[path] not in run.classes]
     number = {name: i for i, name in enumerate(run.classes)}
     labels = torch.tensor([number.get(class_of[path], -1) for _, path in rows])
@@ -725,7 +722,7 @@ def load_data(run):
     order = torch.randperm(len(test[0]), generator=torch.Generator().manual_seed(run.seed))
     run.test, run.test_labels = (part[order].to(run.device) for part in test)
     device = run.device if train[0].nbytes < 2**32 else "cpu"  # 4 GB
-    return [part.to(device) for part in train] if run.trains else None
+    return [part.to(device) for part in train] if run.needs_data else None
 
 
 def prepare(run, net):

@@ -23,7 +23,6 @@ README.md has measured results. Deviations from the paper, 1 to 3 as in the rele
 4. The EMA decay after n steps is min(decay, (1 + n) / (10 + n)), to forget the initial weights.
 5. Norms are means over dimensions, not sums: with gradient clipping the scale matters.
 6. The decoder's normal CDF is exact; the released code approximates it with a tanh.
-7. The bundled digits, not in the paper, have T = 250, beta 0.008 to 0.04, the small variance.
 """
 
 import argparse
@@ -57,8 +56,8 @@ from unet import UNet, published
 
 
 class Schedule:
-    """Variances beta_1 ... beta_T of the forward process, linear in t, and their products; sections
-    and equations of Ho et al. 2020.
+    """Variances beta_1 ... beta_T, linear in t, of q(x_t | x_{t-1}) = N(sqrt(1 - beta_t) x_{t-1},
+    beta_t I), and their products. Numbers are those of Ho et al. 2020.
 
     beta, alpha, alpha_bar, beta_tilde: (T + 1,) float64, indexed by the paper's t; entry 0 is the
     data: 0, 1, 1, 0. ValueError unless T >= 2, 0 < beta_1 <= beta_T < 1 and alpha_bar[T] > 1e-70.
@@ -216,6 +215,7 @@ def bits_per_dim(model, x_0, schedule, variance="large", clip=True):
             nats = 0.5 * (ratio - 1 - ratio.log() + (q_mean - p_mean).square() / p_var)  # Eq. (8)
         terms.append(nats.flatten(1).mean(1) / math.log(2))
         mse.append((x_0_hat - x_0).square().flatten(1).mean(1))
+    # L_T, KL(q(x_T | x_0) || N(0, I))
     alpha_bar_T, square = schedule.alpha_bar[-1], x_0.to(precise).square().flatten(1).mean(1)
     L_T = 0.5 * (alpha_bar_T * square - alpha_bar_T - (1 - alpha_bar_T).log()) / math.log(2)
     L_0, L_t = terms[0], torch.stack(terms[1:], dim=1)
@@ -347,7 +347,7 @@ TASKS = {"sample": sample, "bpd": bpd, "interpolate": interpolation}
 
 def main(argv=None):
     with one_line_errors():
-        run = read_args(argv, SETTINGS, preset, TASKS, ("T", "beta_1", "beta_T"),
+        run = read_args(argv, SETTINGS, preset, TASKS, fixed=("T", "beta_1", "beta_T"),
                         published=published)
         schedule, run.mix_at = Schedule(run.T, run.beta_1, run.beta_T), run.mix_at or run.T // 2
         if run.mix_at > run.T:
@@ -498,7 +498,7 @@ def read_args(argv, settings, preset, tasks, fixed=(), reads=(), published=None)
             fail(f"{flag}: the checkpoint was trained with {saved[key]}")
         setattr(run, key, value)
     run.unet = {key: getattr(run, key) for key in NETWORK[2:]} | {"image_size": max(run.image_size)}
-    run.out, run.loaded, run.trains, run.file = out, loaded, not run.checkpoint, "checkpoint.pt"
+    run.out, run.loaded, run.needs_data, run.file = out, loaded, not run.checkpoint, "checkpoint.pt"
     machine = ("task", "out", "checkpoint", "resume", "device", "compile")
     run.keys = [key for key in (*settings, "classes") if key not in machine]  # a checkpoint's
     return run
@@ -536,7 +536,7 @@ def setup(run):
 
 
 def load_folder(run):
-    """As load_images, for the images below a folder; no training images unless run.trains. Sets
+    """As load_images, for the images below a folder; no training images unless run.needs_data. Sets
     run.unlabelled: the images in no class's folder."""
     root, (H, W), files, errors, grey = Path(run.dataset), run.image_size, [], [], []
     for folder, inner, names in os.walk(root, onerror=fail, followlinks=True):
@@ -561,7 +561,7 @@ def load_folder(run):
         raise ValueError(f"{root} has {len(rows)} images ({' '.join(IMAGE_TYPES)}): add some more")
     class_of = {path: (*path.parts[split:-1], "")[0] for _, path in rows}
     run.classes = run.classes or tuple(sorted({*class_of.values()} - {""}))
-    rows = sorted(row for row in rows if row[0] or run.trains)  # training images come first
+    rows = sorted(row for row in rows if row[0] or run.needs_data)  # training images come first
     run.unlabelled = [str(root / path) for _, path in rows if class_of[path] not in run.classes]
     number = {name: i for i, name in enumerate(run.classes)}
     labels = torch.tensor([number.get(class_of[path], -1) for _, path in rows])
@@ -639,7 +639,7 @@ def load_data(run):
     order = torch.randperm(len(test[0]), generator=torch.Generator().manual_seed(run.seed))
     run.test, run.test_labels = (part[order].to(run.device) for part in test)
     device = run.device if train[0].nbytes < 2**32 else "cpu"  # 4 GB
-    return [part.to(device) for part in train] if run.trains else None
+    return [part.to(device) for part in train] if run.needs_data else None
 
 
 def prepare(run, net):

@@ -549,7 +549,7 @@ def read_args(argv, settings, preset, tasks, fixed=(), reads=(), published=None)
             fail(f"{flag}: the checkpoint was trained with {saved[key]}")
         setattr(run, key, value)
     run.unet = {key: getattr(run, key) for key in NETWORK[2:]} | {"image_size": max(run.image_size)}
-    run.out, run.loaded, run.trains, run.file = out, loaded, not run.checkpoint, "checkpoint.pt"
+    run.out, run.loaded, run.needs_data, run.file = out, loaded, not run.checkpoint, "checkpoint.pt"
     machine = ("task", "out", "checkpoint", "resume", "device", "compile")
     run.keys = [key for key in (*settings, "classes") if key not in machine]  # a checkpoint's
     return run
@@ -587,7 +587,7 @@ def setup(run):
 
 
 def load_folder(run):
-    """As load_images, for the images below a folder; no training images unless run.trains. Sets
+    """As load_images, for the images below a folder; no training images unless run.needs_data. Sets
     run.unlabelled: the images in no class's folder."""
     root, (H, W), files, errors, grey = Path(run.dataset), run.image_size, [], [], []
     for folder, inner, names in os.walk(root, onerror=fail, followlinks=True):
@@ -612,7 +612,7 @@ def load_folder(run):
         raise ValueError(f"{root} has {len(rows)} images ({' '.join(IMAGE_TYPES)}): add some more")
     class_of = {path: (*path.parts[split:-1], "")[0] for _, path in rows}
     run.classes = run.classes or tuple(sorted({*class_of.values()} - {""}))
-    rows = sorted(row for row in rows if row[0] or run.trains)  # training images come first
+    rows = sorted(row for row in rows if row[0] or run.needs_data)  # training images come first
     run.unlabelled = [str(root / path) for _, path in rows if class_of[path] not in run.classes]
     number = {name: i for i, name in enumerate(run.classes)}
     labels = torch.tensor([number.get(class_of[path], -1) for _, path in rows])
@@ -690,7 +690,7 @@ def load_data(run):
     order = torch.randperm(len(test[0]), generator=torch.Generator().manual_seed(run.seed))
     run.test, run.test_labels = (part[order].to(run.device) for part in test)
     device = run.device if train[0].nbytes < 2**32 else "cpu"  # 4 GB
-    return [part.to(device) for part in train] if run.trains else None
+    return [part.to(device) for part in train] if run.needs_data else None
 
 
 def prepare(run, net):

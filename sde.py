@@ -1,8 +1,8 @@
 """Score-Based Generative Modeling through Stochastic Differential Equations (Song, Sohl-Dickstein,
 Kingma, Kumar, Ermon, Poole 2021, arXiv:2011.13456).
 
-Implements: Eq. (4), (6), (7), (8), (9), (10), (11), (12), (13), (29), (30), (31), (32), (34), (39),
-(40), (43), (44), (46), (47), (49); Alg. 1, 4, 5; Fig. 6; and NCSNv2's Technique 1.
+Implements: Eq. (4), (6), (7), (8), (9), (10), (11), (12), (13), (29), (30), (31), (32), (33), (34),
+(39), (40), (43), (44), (46), (47), (49); Alg. 1, 4, 5; Fig. 6; and NCSNv2's Technique 1.
 
     t               time, 0 (data) ... 1 (noise, the paper's T)     (B,) float
     x_0             8-bit images, VE: in [0, 1], else [-1, 1]       (B, C, H, W)
@@ -122,7 +122,7 @@ class VP(SDE):
 
     def log_mean(self, t):
         """log of the factor of x_0 in x(t): minus half the integral of beta."""
-        return -0.25 * t**2 * (self.beta_max - self.beta_min) - 0.5 * t * self.beta_min
+        return -0.25 * t**2 * (self.beta_max - self.beta_min) - 0.5 * t * self.beta_min  # Eq. (33)
 
     def drift_diffusion(self, x, t):
         beta = self.beta(t)
@@ -209,6 +209,7 @@ def dsm_loss(score, x_0, sde, t_min=1e-5):
     z = torch.randn_like(x_0)
     mean, std = sde.marginal(x_0, t)
     s = score(mean + expand(std, x_0) * z, t)
+    # std^2 |s - grad log p(x(t) | x_0)|^2, whose gradient is -z / std
     return (expand(std, x_0) * s + z).square().mean()  # Eq. (7)
 
 
@@ -232,6 +233,7 @@ def predict(score, sde, x, t, dt, predictor):
 def correct(score, sde, x, t, dt, corrector, snr):
     """One step of Langevin dynamics at t. "langevin" sets its size by the batch's mean norms of
     noise and score (App. G), "ald" by the noise's deviation at t (as released)."""
+    # g is the score here, as in Alg. 4 and 5
     z, g, size = torch.randn_like(x), score(x, t.to(x.dtype)), sde.marginal(x, t)[1]
     if corrector == "langevin":
         size = z.flatten(1).norm(dim=1).mean() / g.flatten(1).norm(dim=1).mean()
@@ -530,7 +532,7 @@ PRESETS = {  # changes to SETTINGS
     ),
 }
 PROCESS = ("sde", "beta_min", "beta_max", "sigma_min", "sigma_max")
-NETWORKS = {"auto": UNet, "unet": UNet, "ddpm++": ddpm_plus_plus, "ncsn++": ncsn_plus_plus}
+NETWORKS = {"unet": UNet, "ddpm++": ddpm_plus_plus, "ncsn++": ncsn_plus_plus}
 
 
 def preset(args):
@@ -744,6 +746,8 @@ def check(run):
     """Set run.of_ddpm, a ddpm.py checkpoint's settings, and run.chain, pc_sample's options.
     ValueError for what does not go together."""
     run.of_ddpm = run.loaded and run.loaded["method"] == "ddpm" and run.loaded["settings"]
+    if run.network == "auto":
+        run.network = preset(run)["network"]
     run.network = "unet" if run.of_ddpm else run.network
     controls = run.task in ("inpaint", "colorize", "class")
     if run.task == "class" and not run.checkpoint:
@@ -772,10 +776,10 @@ def make_process(run):
 
 def main(argv=None):
     with one_line_errors():
-        run = read_args(argv, SETTINGS, preset, TASKS, (*PROCESS, "network"), ("ddpm",),
-                        published)
+        run = read_args(argv, SETTINGS, preset, TASKS, (*PROCESS, "network"),
+                        reads=("ddpm",), published=published)
         check(run)
-        run.trains = run.trains or run.task == "class" and not run.classifier
+        run.needs_data = run.needs_data or run.task == "class" and not run.classifier
         setup(run)
         run.data = load_data(run)
         if run.task == "colorize" and run.image_channels != 3:
@@ -934,7 +938,7 @@ def read_args(argv, settings, preset, tasks, fixed=(), reads=(), published=None)
             fail(f"{flag}: the checkpoint was trained with {saved[key]}")
         setattr(run, key, value)
     run.unet = {key: getattr(run, key) for key in NETWORK[2:]} | {"image_size": max(run.image_size)}
-    run.out, run.loaded, run.trains, run.file = out, loaded, not run.checkpoint, "checkpoint.pt"
+    run.out, run.loaded, run.needs_data, run.file = out, loaded, not run.checkpoint, "checkpoint.pt"
     machine = ("task", "out", "checkpoint", "resume", "device", "compile")
     run.keys = [key for key in (*settings, "classes") if key not in machine]  # a checkpoint's
     return run
@@ -972,7 +976,7 @@ def setup(run):
 
 
 def load_folder(run):
-    """As load_images, for the images below a folder; no training images unless run.trains. Sets
+    """As load_images, for the images below a folder; no training images unless run.needs_data. Sets
     run.unlabelled: the images in no class's folder."""
     root, (H, W), files, errors, grey = Path(run.dataset), run.image_size, [], [], []
     for folder, inner, names in os.walk(root, onerror=fail, followlinks=True):
@@ -997,7 +1001,7 @@ def load_folder(run):
         raise ValueError(f"{root} has {len(rows)} images ({' '.join(IMAGE_TYPES)}): add some more")
     class_of = {path: (*path.parts[split:-1], "")[0] for _, path in rows}
     run.classes = run.classes or tuple(sorted({*class_of.values()} - {""}))
-    rows = sorted(row for row in rows if row[0] or run.trains)  # training images come first
+    rows = sorted(row for row in rows if row[0] or run.needs_data)  # training images come first
     run.unlabelled = [str(root / path) for _, path in rows if class_of[path] not in run.classes]
     number = {name: i for i, name in enumerate(run.classes)}
     labels = torch.tensor([number.get(class_of[path], -1) for _, path in rows])
@@ -1075,7 +1079,7 @@ def load_data(run):
     order = torch.randperm(len(test[0]), generator=torch.Generator().manual_seed(run.seed))
     run.test, run.test_labels = (part[order].to(run.device) for part in test)
     device = run.device if train[0].nbytes < 2**32 else "cpu"  # 4 GB
-    return [part.to(device) for part in train] if run.trains else None
+    return [part.to(device) for part in train] if run.needs_data else None
 
 
 def prepare(run, net):

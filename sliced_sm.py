@@ -454,12 +454,12 @@ def square(run, n):
     return torch.cartesian_prod(line, line)
 
 
-def score_error(run, exact_score):
+def score_error(run):
     """On gmm, inside the discs of radius 3 around the modes (99% of the data) and outside."""
     x, measured = square(run, 161), {}
     near = torch.minimum((x - 5).norm(dim=1), (x + 5).norm(dim=1)) <= 3
     for name, where in (("inside", near), ("outside", ~near)):
-        exact = exact_score(x[where])
+        exact = gmm_score(x[where], x.new_full((1,), run.data_noise))
         error = (run.net(x[where]) - exact).square().sum(1).mean().item()
         share = error / exact.square().sum(1).mean().item()
         measured[name] = {"mean_squared_error": error, "of_mean_square": share}
@@ -474,12 +474,9 @@ def toy_sample(run):
     x, points = TOYS[run.dataset](run.num_samples) + noise, square(run, 17)
     scores, title, measured = [run.net(points).cpu()], "learned score", {}
     if run.dataset == "gmm":
-
-        def exact_score(x):
-            return gmm_score(x, x.new_full((len(x),), run.data_noise))
-
-        scores, title = [exact_score(points).cpu(), *scores], "learned score; grey: exact"
-        measured = score_error(run, exact_score)
+        exact = gmm_score(points, points.new_full((1,), run.data_noise))
+        scores, title = [exact.cpu(), *scores], "learned score; grey: exact"
+        measured = score_error(run)
     start = 16 * torch.rand(run.num_samples, 2, device=run.device) - 8  # U[-8, 8]^2
     chains = langevin(run.net, start, run.eps, run.T)
     pictures = [histogram(x, "data"), arrows(points.cpu(), scores, title),
@@ -647,7 +644,7 @@ def read_args(argv, settings, preset, tasks, fixed=(), reads=(), published=None)
             fail(f"{flag}: the checkpoint was trained with {saved[key]}")
         setattr(run, key, value)
     run.unet = {key: getattr(run, key) for key in NETWORK[2:]} | {"image_size": max(run.image_size)}
-    run.out, run.loaded, run.trains, run.file = out, loaded, not run.checkpoint, "checkpoint.pt"
+    run.out, run.loaded, run.needs_data, run.file = out, loaded, not run.checkpoint, "checkpoint.pt"
     machine = ("task", "out", "checkpoint", "resume", "device", "compile")
     run.keys = [key for key in (*settings, "classes") if key not in machine]  # a checkpoint's
     return run
@@ -685,7 +682,7 @@ def setup(run):
 
 
 def load_folder(run):
-    """As load_images, for the images below a folder; no training images unless run.trains. Sets
+    """As load_images, for the images below a folder; no training images unless run.needs_data. Sets
     run.unlabelled: the images in no class's folder."""
     root, (H, W), files, errors, grey = Path(run.dataset), run.image_size, [], [], []
     for folder, inner, names in os.walk(root, onerror=fail, followlinks=True):
@@ -710,7 +707,7 @@ def load_folder(run):
         raise ValueError(f"{root} has {len(rows)} images ({' '.join(IMAGE_TYPES)}): add some more")
     class_of = {path: (*path.parts[split:-1], "")[0] for _, path in rows}
     run.classes = run.classes or tuple(sorted({*class_of.values()} - {""}))
-    rows = sorted(row for row in rows if row[0] or run.trains)  # training images come first
+    rows = sorted(row for row in rows if row[0] or run.needs_data)  # training images come first
     run.unlabelled = [str(root / path) for _, path in rows if class_of[path] not in run.classes]
     number = {name: i for i, name in enumerate(run.classes)}
     labels = torch.tensor([number.get(class_of[path], -1) for _, path in rows])
@@ -788,7 +785,7 @@ def load_data(run):
     order = torch.randperm(len(test[0]), generator=torch.Generator().manual_seed(run.seed))
     run.test, run.test_labels = (part[order].to(run.device) for part in test)
     device = run.device if train[0].nbytes < 2**32 else "cpu"  # 4 GB
-    return [part.to(device) for part in train] if run.trains else None
+    return [part.to(device) for part in train] if run.needs_data else None
 
 
 def prepare(run, net):

@@ -2765,7 +2765,7 @@ def parse(module, *words):
 def load(dataset, *size, **options):
     """load_images with these arguments; its arguments, the training and the test split."""
     args = SimpleNamespace(dataset=str(dataset), data_dir="data", image_size=(size[0], size[-1]),
-                           image_channels=0, trains=True, classes=(), out=Path("run"))
+                           image_channels=0, needs_data=True, classes=(), out=Path("run"))
     vars(args).update(options)
     return args, *ddpm.load_images(args)
 

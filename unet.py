@@ -146,7 +146,6 @@ class UNet(nn.Module):
         self.conv_in = init(nn.Conv2d(in_channels, channels, 3, padding=1))
         widths = [channels * m for m in channel_mult]
         attends = [image_size / 2**i in attention_resolutions for i in range(len(widths))]
-        last = len(widths) - 1
 
         self.down, h, skips = nn.ModuleList(), channels, [channels]
         for i, width in enumerate(widths):
@@ -154,7 +153,7 @@ class UNet(nn.Module):
                 self.down.append(ResBlock(h, width, temb, dropout, attends[i]))
                 h = width
                 skips.append(h)
-            if i < last:
+            if i < len(widths) - 1:
                 self.down.append(Downsample(h))
                 skips.append(h)
 
@@ -367,7 +366,6 @@ class ScoreUNet(nn.Module):
         self.conv_in = init(nn.Conv2d(in_channels, channels, 3, padding=1))
         widths = [channels * m for m in channel_mult]
         attends = [image_size / 2**i in attention_resolutions for i in range(len(widths))]
-        last = len(widths) - 1
 
         self.down, self.pyramid = nn.ModuleList(), nn.ModuleList()
         h, skips, pyramid = channels, [channels], in_channels
@@ -376,10 +374,10 @@ class ScoreUNet(nn.Module):
                 self.down.append(BigGANBlock(h, width, temb, dropout, attends[i]))
                 h = width
                 skips.append(h)
-            if i < last:
+            if i < len(widths) - 1:
                 self.down.append(BigGANBlock(h, h, temb, dropout, resample=halve, fir=fir))
                 skips.append(h)
-            if i < last and progressive_input:
+            if i < len(widths) - 1 and progressive_input:
                 self.pyramid.append(init(nn.Conv2d(pyramid, h, 3, stride=2)))
                 pyramid = h
 
