@@ -3954,6 +3954,7 @@ def test_multinomial_settings(folder):
     assert (args.width, args.batch_size, args.ema_decay) == (512, 32, 0)
     args = parse(d3pm, *"--dataset text8 --transition uniform".split())
     assert (args.hybrid, args.batch_size) == (0, 512)
+    assert parse(d3pm, "--transition", "auto").transition == "absorbing"
 
 
 def test_a_checkpoint_of_a_text_keeps_what_was_trained(folder, capsys):
@@ -4018,7 +4019,7 @@ def test_other_sdes_train_and_sample(folder, name):
 
 def test_networks_of_the_paper_get_their_times(folder):
     """CIFAR-10 takes them by default; NCSN++ gets log sigma, and its output is sigma times s."""
-    for words, network, blocks in (("", "ddpm++", 4), ("--sde ve", "ncsn++", 4),
+    for words, network, blocks in (("", "ddpm++", 4), ("--sde ve --network auto", "ncsn++", 4),
                                    ("--deep", "ddpm++", 8), ("--network unet", "unet", 2)):
         args = parse(sde, "--dataset", "cifar10", *words.split())
         assert (args.network, args.num_res_blocks) == (network, blocks)
