@@ -1254,8 +1254,8 @@ def test_solver_meets_its_tolerance_and_saves_evaluations():
 
 
 def test_solver_is_of_order_5():
-    """With steps as large as they may be it takes three, in fixed parts of the interval: in half the
-    interval the error is 1 / 2^6. A wrong coefficient would leave a lower order."""
+    """At this tolerance it takes three steps, in fixed parts of the interval: in half the interval
+    the error is 1 / 2^6. A wrong coefficient would leave a lower order."""
     y_0, errors = torch.tensor([[0.5], [1.0], [-1.0]]).double(), []
     for t in (0.2, 0.1, 0.05):
         y, count = sde.dormand_prince(lambda y, t: 2 * t[:, None] * y**2, y_0, 0.0, t, 1.0, 1.0)
