@@ -355,15 +355,6 @@ def test_eta_1_over_all_steps_is_ddpm(eta, hat, variance, clip):
     torch.testing.assert_close(x, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_sigma_is_the_posterior_deviation_at_eta_1():
-    schedule = ddim.Schedule(100)
-    for t in (1, 2, 57, 100):
-        sigma = ddim.ddim_sigma(t, t - 1, 1.0, schedule)
-        assert isinstance(sigma, float)
-        assert sigma == pytest.approx(schedule.beta_tilde[t].sqrt().item(), rel=1e-9, abs=1e-12)
-        assert ddim.ddim_sigma(t, t - 1, 0.4, schedule) == pytest.approx(0.4 * sigma)
-
-
 def test_ddim_step_with_clipping_and_given_noise():
     schedule, x_t, eps = ddim.Schedule(), torch.full((1, 2), 3.0), torch.zeros(1, 2)
     a_t, a_s = schedule.alpha_bar[900].float(), schedule.alpha_bar[400].float()
@@ -371,11 +362,11 @@ def test_ddim_step_with_clipping_and_given_noise():
     derived = (x_t - a_t.sqrt()) / (1 - a_t).sqrt()  # x_0_hat is 1
     torch.testing.assert_close(x_s, a_s.sqrt() + (1 - a_s).sqrt() * derived)
     torch.testing.assert_close(ddim.ddim_step(x_t, eps, 900, 0, schedule, 1.0), x_t / a_t.sqrt())
-    noise = torch.randn(1, 2)
+    noise, sigma = torch.randn(1, 2), ddim.ddim_sigma(900, 400, 1.0, schedule)
     with_noise, without = (ddim.ddim_step(x_t, eps, 900, 400, schedule, 1.0, z)
                            for z in (noise, 0 * noise))
-    shift = noise * ddim.ddim_sigma(900, 400, 1.0, schedule)
-    torch.testing.assert_close(with_noise - without, shift)
+    torch.testing.assert_close(with_noise - without, noise * sigma)
+    assert isinstance(sigma, float)
 
 
 @pytest.mark.parametrize("spacing", ["linear", "quadratic"])
@@ -1128,25 +1119,23 @@ def test_dsm_loss_of_known_scores(name):
 
 def linear_step(name, predictor, t, dt, K):
     """x(t - dt) = A x + B (m mu) + noise z of a predictor with the score -K (x - m mu), by hand."""
+    beta = 0.1 + 19.9 * t
     if name == "ve":
-        g2, a, rate = 0.01**2 * 500 ** (2 * t) * 2 * math.log(500), 0.0, 0.0
         G2, f = 0.01**2 * (500 ** (2 * t) - 500 ** (2 * (t - dt))), 0.0
+        g2, a = 0.01**2 * 500 ** (2 * t) * 2 * math.log(500), 0.0
+    elif name == "vp":
+        G2, f = beta * dt, math.sqrt(max(0.0, 1 - beta * dt)) - 1
+        g2, a = beta, -beta / 2
     else:
-        beta = 0.1 + 19.9 * t
-        g2, a, rate = beta, -beta / 2, beta * dt
-        G2, f = rate, math.sqrt(max(0.0, 1 - rate)) - 1
-        if name == "subvp":
-            g2 = beta * (1 - math.exp(-2 * (0.1 * t + 9.95 * t**2)))
-            G2, f = g2 * dt, a * dt
+        g2, a = beta * (1 - math.exp(-2 * (0.1 * t + 9.95 * t**2))), -beta / 2
+        G2, f = g2 * dt, a * dt
+    if (name, predictor) == ("vp", "ancestral"):
+        return (EYE - G2 * K) / (1 + f), G2 * K / (1 + f), G2
     if predictor == "euler_maruyama":
-        return (1 - a * dt) * EYE - g2 * dt * K, g2 * dt * K, g2 * dt
-    if predictor == "reverse_diffusion":
-        return (1 - f) * EYE - G2 * K, G2 * K, G2
-    if predictor == "probability_flow":
-        return (1 - f) * EYE - G2 / 2 * K, G2 / 2 * K, 0.0
-    if name == "ve":
-        return EYE - G2 * K, G2 * K, G2 / 500 ** (2 * dt)
-    return (EYE - rate * K) / math.sqrt(1 - rate), rate * K / math.sqrt(1 - rate), rate
+        G2, f = g2 * dt, a * dt
+    noise = {"probability_flow": 0.0, "ancestral": G2 / 500 ** (2 * dt)}.get(predictor, G2)
+    gain = (0.5 if predictor == "probability_flow" else 1.0) * G2 * K
+    return (1 - f) * EYE - gain, gain, noise
 
 
 @pytest.mark.parametrize(("name", "predictor", "corrector"), TRIPLES)
@@ -1255,14 +1244,14 @@ def test_solver_meets_its_tolerance_and_saves_evaluations():
 
 def test_solver_is_of_order_5():
     """At this tolerance it takes three steps, in fixed parts of the interval: in half the interval
-    the error is 1 / 2^6. A wrong coefficient would leave a lower order."""
+    the error is at most 1 / 2^6. A wrong coefficient would leave a lower order."""
     y_0, errors = torch.tensor([[0.5], [1.0], [-1.0]]).double(), []
-    for t in (0.2, 0.1, 0.05):
-        y, count = sde.dormand_prince(lambda y, t: 2 * t[:, None] * y**2, y_0, 0.0, t, 1.0, 1.0)
+    for h in (0.1, 0.05, 0.025):
+        y, count = sde.dormand_prince(lambda y, t: 2 * t[:, None] * y**2, y_0, 1.0, 1 + h, 1.0, 1.0)
         assert count == 1 + 3 * 6
-        errors.append((y - 1 / (1 / y_0 - t**2)).norm().item())
+        errors.append((y - 1 / (1 / y_0 + 1 - (1 + h) ** 2)).norm().item())
     orders = [math.log2(a / b) for a, b in zip(errors, errors[1:], strict=False)]
-    assert orders == pytest.approx([6, 6], abs=0.4)
+    assert min(orders) > 5.9, orders
 
 
 def test_rows_do_not_see_each_other_in_the_solver():
@@ -1402,20 +1391,6 @@ def test_colorization_keeps_the_grey_image_and_gives_the_conditional_mean(name, 
     assert x.mean((0, 2, 3)).tolist() == pytest.approx(v.tolist(), abs=0.04)
     cov = torch.diag(v) - v.outer(v) / v.sum()
     torch.testing.assert_close(x.flatten(1).T.cov(), cov, rtol=0, atol=0.03)
-
-
-def test_one_step_and_the_denoising_step():
-    x_T, process = torch.ones(2, 3), sde.VP()
-    x = sde.pc_sample(lambda x, t: 0 * x, sde.VE(), x_T, 1, "probability_flow", "none")
-    assert torch.equal(x, x_T)
-    x = sde.pc_sample(lambda x, t: x, process, x_T, 1, "euler_maruyama", "none", denoise=False)
-    y = x_T * (1 + 0.999 * 10 + 0.999 * 20) - x  # what is left is noise of variance 0.999 beta(1)
-    assert 0 < y.abs().max() < 5 * math.sqrt(20)
-    score = Calls(lambda x, t: torch.full_like(x, 7.0))
-    x_0 = sde.pc_sample(score, process, x_T, 30, "ancestral", "none")
-    (x, t), (m, std) = score[-1], mean_and_std("vp", 1e-3)
-    assert t[0] == pytest.approx(1e-3)
-    torch.testing.assert_close(x_0, (x + std.float() ** 2 * 7) / m.float())
 
 
 def test_langevin_takes_the_norms_of_the_batch():
@@ -1756,71 +1731,55 @@ def test_the_pretend_gpu_refuses_what_a_gpu_refuses(gpu, monkeypatch):
 
 # ---- 2. At the edges: every sampler and loss -----------------------------------------------------
 
-STATES, SHORT = torch.zeros(2, 3).long(), d3pm.CategoricalDiffusion(3, 5)
-WRONG = [
-    lambda x, s: ddpm.Schedule(1),
-    lambda x, s: ddpm.Schedule(10, 0.0, 0.1),
-    lambda x, s: ddpm.Schedule(10, 0.1, 1.0),
-    lambda x, s: ddpm.Schedule(10, 0.2, 0.1),
-    lambda x, s: ddpm.Schedule(1000, 1e-4, 0.5),
-    lambda x, s: ddpm.ddpm_sample(s, x, ddpm.Schedule(5), variance="learned"),
-    lambda x, s: ddim.timesteps(10, 11),
-    lambda x, s: ddim.timesteps(10, 0),
-    lambda x, s: ddim.timesteps(10, 5, "cubic"),
-    lambda x, s: ddim.ddim_step(x, x, 5, 3, ddpm.Schedule(5), eta=1.5),
-    lambda x, s: ddim.ddim_step(x, x, 3, 5, ddpm.Schedule(5), eta=0.5),
-    lambda x, s: ncsn.geometric_sigmas(1.0, 0.1, 0),
-    lambda x, s: ncsn.geometric_sigmas(0.1, 1.0, 5),
-    lambda x, s: ncsn.geometric_sigmas(1.0, 0.0, 1),
-    lambda x, s: ncsn.scales_technique2(1.0, 0.1, 4),
-    lambda x, s: ncsn.scales_technique2(0.1, 1.0, 100),
-    lambda x, s: ncsn.step_technique4(ncsn.geometric_sigmas(1.0, 0.1, 1), 5),
-    lambda x, s: sliced_sm.sliced_score_matching(s, x, 0),
-    lambda x, s: sliced_sm.sliced_score_matching(s, x, 1, "uniform"),
-    lambda x, s: sliced_sm.noisy_score_matching(s, x, 0.1, "mle"),
-    lambda x, s: sliced_sm.noisy_score_matching(s, x, 0.0, "dsm"),
-    lambda x, s: d3pm.CategoricalDiffusion(3, 10, "band"),
-    lambda x, s: d3pm.CategoricalDiffusion(1, 10),
-    lambda x, s: d3pm.CategoricalDiffusion(3, 0),
-    lambda x, s: d3pm.CategoricalDiffusion(15, 1000, "gaussian"),
-    lambda x, s: d3pm.CategoricalDiffusion(3, 2, beta=torch.tensor([0, 0.5])),
-    lambda x, s: d3pm.CategoricalDiffusion(3, 2, beta=torch.tensor([0.1, 0.5, 0.5])),
-    lambda x, s: d3pm.CategoricalDiffusion(3, 2, beta=torch.tensor([0, 0.5, 1.5])),
-    lambda x, s: d3pm.CategoricalDiffusion(3, 2, beta=torch.tensor([0, 0.5, math.nan])),
-    lambda x, s: d3pm.CategoricalDiffusion(3, 2, mask=1),
-    lambda x, s: d3pm.CategoricalDiffusion(3, 2, "absorbing", mask=3),
-    lambda x, s: d3pm.skip_steps(s, SHORT, [1, 4]),
-    lambda x, s: d3pm.skip_steps(s, SHORT, [5, 2, 5]),
-    lambda x, s: d3pm.skip_steps(s, SHORT, [0, 5]),
-    lambda x, s: d3pm.skip_steps(s, SHORT, []),
-    lambda x, s: d3pm.skip_steps(s, categorical_diffusion("gaussian"), [2, 4]),
-    lambda x, s: d3pm.infill(s, STATES, STATES > 0, SHORT),
-    lambda x, s: d3pm.Transformer(8, 9, 1, 3, 0.0),
-    lambda x, s: sde.VE(1.0, 0.5),
-    lambda x, s: sde.VE(0.0, 0.5),
-    lambda x, s: sde.VP(0.0, 20.0),
-    lambda x, s: sde.SubVP(20.0, 0.1),
-    lambda x, s: sde.pc_sample(s, sde.VP(), x, 30, "heun"),
-    lambda x, s: sde.pc_sample(s, sde.VP(), x, 30, "ancestral", "hmc"),
-    lambda x, s: sde.pc_sample(s, sde.VP(), x, 30, "none", "none"),
-    lambda x, s: sde.pc_sample(s, sde.SubVP(), x, 30, "ancestral"),
-    lambda x, s: sde.pc_sample(s, sde.VP(), x, 20, "ancestral", "none"),
-    lambda x, s: sde.pc_sample(s, sde.SubVP(), x, 20, "euler_maruyama", "ald"),
-    lambda x, s: sde.pc_sample(s, sde.VE(), x, 0),
-    lambda x, s: sde.log_likelihood(s, sde.VP(), x, probe="sphere"),
-]
+X, STATES = torch.zeros(2, 3), torch.zeros(2, 3).long()
+SHORT, SIGMAS = d3pm.CategoricalDiffusion(3, 5), ncsn.geometric_sigmas(1.0, 0.01, 5)
+REFUSED = {  # function: arguments that are undefined
+    ddpm.Schedule: [(1,), (10, 0.0, 0.1), (10, 0.1, 1.0), (10, 0.2, 0.1), (1000, 1e-4, 0.5)],
+    ddpm.ddpm_sample: [(torch.add, X, ddpm.Schedule(5), "learned")],
+    ddim.timesteps: [(10, 11), (10, 0), (10, 5, "cubic")],
+    ddim.ddim_step: [(X, X, 5, 3, ddpm.Schedule(5), 1.5), (X, X, 3, 5, ddpm.Schedule(5), 0.5)],
+    ncsn.geometric_sigmas: [(1.0, 0.1, 0), (0.1, 1.0, 5), (1.0, 0.0, 1)],
+    ncsn.scales_technique2: [(1.0, 0.1, 4), (0.1, 1.0, 100)],
+    ncsn.step_technique4: [(SIGMAS[:1], 5)],
+    sliced_sm.sliced_score_matching: [(torch.sin, X, 0), (torch.sin, X, 1, "uniform")],
+    sliced_sm.noisy_score_matching: [(torch.sin, X, 0.1, "mle"), (torch.sin, X, 0.0, "dsm")],
+    d3pm.CategoricalDiffusion: [
+        (3, 10, "band"), (1, 10), (3, 0), (15, 1000, "gaussian"),
+        (3, 2, "uniform", torch.tensor([0, 0.5])), (3, 2, "uniform", torch.tensor([0.1, 0.5, 0.5])),
+        (3, 2, "uniform", torch.tensor([0, 0.5, 1.5])),
+        (3, 2, "uniform", torch.tensor([0, 0.5, math.nan])),
+        (3, 2, "uniform", None, 1), (3, 2, "absorbing", None, 3),
+    ],
+    d3pm.skip_steps: [
+        (None, SHORT, [1, 4]), (None, SHORT, [5, 2, 5]), (None, SHORT, [0, 5]), (None, SHORT, []),
+        (None, categorical_diffusion("gaussian"), [2, 4]),
+    ],
+    d3pm.infill: [(None, STATES, STATES > 0, SHORT)],
+    d3pm.Transformer: [(8, 9, 1, 3, 0.0)],
+    sde.VE: [(1.0, 0.5), (0.0, 0.5)],
+    sde.VP: [(0.0, 20.0)],
+    sde.SubVP: [(20.0, 0.1)],
+    sde.pc_sample: [
+        (torch.mul, sde.VP(), X, 30, "heun"), (torch.mul, sde.VP(), X, 30, "ancestral", "hmc"),
+        (torch.mul, sde.VP(), X, 30, "none", "none"), (torch.mul, sde.SubVP(), X, 30, "ancestral"),
+        (torch.mul, sde.VP(), X, 20, "ancestral", "none"), (torch.mul, sde.VE(), X, 0),
+        (torch.mul, sde.SubVP(), X, 20, "euler_maruyama", "ald"),
+    ],
+    sde.log_likelihood: [(torch.mul, sde.VP(), X, 1e-5, 1e-5, "sphere")],
+}
 
 
-@pytest.mark.parametrize("wrong", WRONG)
-def test_what_is_undefined_is_a_value_error(wrong):
+@pytest.mark.parametrize(("function", "arguments"), [
+    (function, arguments) for function, every in REFUSED.items() for arguments in every])
+def test_what_is_undefined_is_a_value_error(function, arguments):
     with pytest.raises(ValueError):
-        wrong(torch.zeros(2, 3), lambda x, t=None: x)
+        function(*arguments)
 
 
 SAMPLERS = {  # name: its numbers of steps
     "ddpm": (2, 16, 4000), "ddim": (1, 40), "d3pm": (1, 2, 40, 4000),
-    "ve reverse_diffusion langevin": (21, 40), "vp none ald": (40,), "vp ancestral none": (21,),
-    "subvp euler_maruyama none": (1, 40), "langevin": (2, 45), "annealed_langevin": (3, 45),
+    "ve reverse_diffusion langevin": (1, 40), "vp none ald": (21,), "vp euler_maruyama none": (1,),
+    "subvp reverse_diffusion none": (1, 40), "langevin": (2, 45), "annealed_langevin": (3, 45),
     "inpaint": (45,),
 }
 
@@ -1861,6 +1820,7 @@ def test_samplers_evaluate_as_often_as_asked_and_record(name, N):
     record = []
     x_T, out, model, times = run_sampler(name, N, record)
     assert out.isfinite().all() and out.shape == x_T.shape and not out.requires_grad
+    assert name != "ddpm" or out.abs().max() <= 1  # unless it is told otherwise, it clips x_0_hat
     if times is not None:
         assert model.times() == pytest.approx(times)
         assert all(t.shape == (3,) for _, t in model)
@@ -1896,7 +1856,6 @@ def test_everything_else_keeps_no_graph():
         assert not out.requires_grad
 
 
-SIGMAS = ncsn.geometric_sigmas(1.0, 0.01, 5)
 LEVELS = SIGMAS.flip(0).tolist()
 
 
@@ -1922,14 +1881,8 @@ def test_losses_draw_every_level_alike_and_leave_x(loss, levels):
 
 BOTH = pytest.mark.parametrize("make", [ddpm_plus_plus, ncsn_plus_plus])
 EVERY = pytest.mark.parametrize("make", [UNet, ddpm_plus_plus, ncsn_plus_plus])
-SMALL = (1, 8, (1, 2, 2), (8,), 0.0, 16)  # blocks, channels, mult, attention, dropout, size
-
-
-def make_small(make, C_in, C_out, blocks, channels, mult, *rest):
-    """UNet takes the number of blocks two places later than the others."""
-    if make is UNet:
-        return UNet(C_in, C_out, channels, mult, blocks, *rest)
-    return make(C_in, C_out, blocks, channels, mult, *rest)
+SMALL = dict(num_res_blocks=1, channels=8, channel_mult=(1, 2, 2), attention_resolutions=(8,),
+             dropout=0.0, image_size=16)
 
 
 def awake(net, scale=0.1):
@@ -1957,7 +1910,7 @@ def test_networks_have_the_published_sizes(make, trained, fixed):
 
 @EVERY
 def test_networks_start_as_the_released_ones(make):
-    net = make_small(make, 3, 3, 1, 64, (1, 2), (8,), 0.1, 16)
+    net = make(**SMALL | {"channels": 64, "channel_mult": (1, 2)})
     assert net(torch.randn(2, 3, 16, 16), torch.rand(2)).abs().max() < 1e-3  # almost zero
     conv, attention = net.down[0].conv1.weight, net.mid[0].attention
     limit = math.sqrt(6 / (64 * 9 + 64 * 9))  # variance 1 / mean(fan-in, fan-out), uniform
@@ -1975,7 +1928,8 @@ def test_networks_start_as_the_released_ones(make):
 @pytest.mark.parametrize("shape", [(1, 1, 8, 8), (2, 1, 16, 12), (3, 3, 4, 20)])
 def test_networks_take_any_size_that_halves(make, shape):
     B, C, H, W = shape
-    net = awake(make_small(make, C, 5, 2, 12, (1, 2, 1), (4,), 0.5, 8)).eval()
+    settings = dict(num_res_blocks=2, channels=12, channel_mult=(1, 2, 1), dropout=0.5)
+    net = awake(make(C, 5, **SMALL | settings)).eval()
     x = torch.randn(shape)
     for t in (torch.full((B,), 2), torch.full((B,), 2.0).double()):
         out = net(x, t)
@@ -2016,7 +1970,7 @@ def test_fir_resampling_is_the_direct_one(resample, how, size):
 @EVERY
 def test_networks_are_differentiated_twice(make):
     """The weights' gradient of v^T J v, attention included, equals central differences."""
-    net = awake(make_small(make, 1, 1, *SMALL).double(), 0.2)
+    net = awake(make(1, 1, **SMALL).double(), 0.2)
     (x, v), weights = torch.randn(2, 2, 1, 8, 8).double(), list(net.parameters())
     x.requires_grad_()
 
@@ -2037,7 +1991,8 @@ def test_networks_are_differentiated_twice(make):
 
 @BOTH
 def test_score_sde_networks_in_bfloat16_compiled_and_on_a_gpu(make):
-    net, x, t = awake(make(1, 1, *SMALL), 0.05).eval(), torch.randn(2, 1, 16, 16), torch.rand(2)
+    net = awake(make(1, 1, **SMALL | {"channel_mult": (1, 2)}), 0.05).eval()
+    x, t = torch.randn(2, 1, 16, 16), torch.rand(2)
     out = net(x, t)
     with torch.autocast("cpu", torch.bfloat16):
         assert (net(x, t) - out).abs().max() < 0.05 * out.abs().max()
@@ -2129,7 +2084,7 @@ def test_networks_are_the_published_ones(make):
         down = [None, None, "conv"] * 3 + [None, None]
         up = [None, None, None, "conv"] * 3 + [None] * 3
     else:
-        net, scale = make(3, 3, 1, 16, (1, 2, 2), (8,), 0.1, 16), math.sqrt(0.5)
+        net, scale = make(**SMALL | {"channels": 16}), math.sqrt(0.5)
         t = torch.tensor([3.5, 700.0] if make is ddpm_plus_plus else [0.3, -2.0])
         down, up = [None, "down", None, "down", None], [None, None, "up"] * 2 + [None, None]
     net, x = awake(net.double(), 0.05).eval(), torch.randn(2, 3, 16, 24).double()
