@@ -108,15 +108,23 @@ class Calls(list):
         return [t[0].item() for _, t in self]
 
 
-def exact_eps(schedule, mu=MU, sigma=SIGMA):
-    """E[eps | x_t] for x_0 ~ N(mu, sigma), x (B, d)."""
+def exact_eps(schedule):
+    """E[eps | x_t] for x_0 ~ N(MU, SIGMA), x (B, 2)."""
 
     def model(x_t, t):
         alpha_bar = schedule.alpha_bar[t[0]]
-        precision = torch.linalg.inv(alpha_bar * sigma + (1 - alpha_bar) * torch.eye(len(mu)))
-        return (1 - alpha_bar).sqrt() * (x_t - alpha_bar.sqrt() * mu) @ precision
+        precision = torch.linalg.inv(alpha_bar * SIGMA + (1 - alpha_bar) * EYE)
+        return (1 - alpha_bar).sqrt() * (x_t - alpha_bar.sqrt() * MU) @ precision
 
     return model
+
+
+def gaussian_eps(c, schedule):
+    """For x_0 ~ N(0, c): E[eps | x_t], its mean square, and the variance of x_t."""
+    alpha_bar = schedule.alpha_bar
+    variance = alpha_bar * c + 1 - alpha_bar
+    return (lambda x, t: (1 - alpha_bar[t[0]]).sqrt() / variance[t[0]] * x,
+            (1 - alpha_bar) / variance, variance)
 
 
 def off_by(delta, x_0, schedule):
@@ -261,13 +269,13 @@ def test_the_decoder_has_a_floor():
 
 def test_mean_bound_of_the_exact_model_on_gaussian_data():
     """With the exact eps, L_{t-1} is of_x_0^2 Var(x_0 | x_t) / (2 beta_tilde_t) on average."""
-    schedule, n, variance = ddpm.Schedule(30, 2e-3, 0.4), 20_000, 0.25
-    x_0 = torch.randn(n, 1).double() * math.sqrt(variance)
-    model = exact_eps(schedule, torch.zeros(1).double(), torch.full((1, 1), variance).double())
+    schedule, n = ddpm.Schedule(30, 2e-3, 0.4), 20_000
+    model, _, v = gaussian_eps(0.25, schedule)
+    x_0 = 0.5 * torch.randn(n, 1).double()
     bits = ddpm.bits_per_dim(model, x_0, schedule, "small", clip=False)
     a_bar, before = schedule.alpha_bar[2:], schedule.alpha_bar[1:-1]
     of_x_0 = before.sqrt() * schedule.beta[2:] / (1 - a_bar)
-    spread = variance * (1 - a_bar) / (a_bar * variance + 1 - a_bar)  # Var(x_0 | x_t)
+    spread = 0.25 * (1 - a_bar) / v[2:]  # Var(x_0 | x_t)
     exact = of_x_0**2 * spread / (2 * schedule.beta_tilde[2:]) / math.log(2)
     within(bits["L_t"].mean(0), exact, bits["L_t"].std(0) / math.sqrt(n), sigmas=4)
 
@@ -412,14 +420,6 @@ def test_ddim_loss_is_l_simple():
     assert losses[0] == losses[1]
 
 
-def gaussian_eps(c, schedule):
-    """For x_0 ~ N(0, c): E[eps | x_t], its mean square, and the variance of x_t."""
-    alpha_bar = schedule.alpha_bar
-    variance = alpha_bar * c + 1 - alpha_bar
-    return (lambda x, t: (1 - alpha_bar[t[0]]).sqrt() / variance[t[0]] * x,
-            (1 - alpha_bar) / variance, variance)
-
-
 @pytest.mark.parametrize("c", [0.25, 1.0, 4.0])
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
 def test_analytic_sigma_is_that_of_the_true_posterior(eta, c):
@@ -492,7 +492,10 @@ def test_loss_of_gaussian_data_level_by_level(objective, c):
     x, denoising = c**0.5 * torch.randn(n, d).double(), objective in ("ncsn", "dsm")
     for sigma in ncsn.geometric_sigmas(3.0, 0.3, 3):
         for k in (0.0, 0.5, 1.0):  # 0: the score of 0, 1: the data's own
-            score = Calls(lambda x, s, k=k: -k * x / (c + s[:, None] ** 2))
+
+            def score(x, s, k=k):
+                return -k * x / (c + s[:, None] ** 2)
+
             if objective == "ncsn":
                 loss = ncsn.ncsn_loss(score, x, sigma[None])
             else:
@@ -708,11 +711,13 @@ def test_gradients_agree_in_expectation(projection, reduced):
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_the_true_score_is_the_best_of_its_scalings(objective):
-    x, sigma = ncsn.gmm_sample(20_000).double(), 0.5
-    level, losses = torch.full((20_000,), sigma), []
-    for c in (0.8, 0.9, 1.0, 1.1, 1.2):
-        losses.append(with_seed(1, sliced_sm.noisy_score_matching, lambda x, c=c: (
-            c * sliced_sm.gmm_score(x, level)), x, sigma, objective).mean().item())
+    x, level = ncsn.gmm_sample(20_000).double(), torch.full((20_000,), 0.5)
+
+    def loss(c):
+        return with_seed(1, sliced_sm.noisy_score_matching,
+                         lambda x: c * sliced_sm.gmm_score(x, level), x, 0.5, objective).mean()
+
+    losses = [loss(c) for c in (0.8, 0.9, 1.0, 1.1, 1.2)]
     assert min(losses) == losses[2], losses
 
 
@@ -1147,17 +1152,17 @@ def test_every_sampler_follows_the_linear_recursion(name, predictor, corrector):
     mean, cov = torch.zeros(2).double(), EYE * (25 if name == "ve" else 1)
     dt, draws = (1 - process.eps) / N, torch.randn(20_000, 2).double()
 
-    def precision(t):  # the score at t is -K (x - m mu)
+    def gaussian(t):  # the score at t is -K (x - m mu)
         m, std = mean_and_std(name, t)
         return torch.linalg.inv(m**2 * SIGMA + std**2 * EYE), m * MU, m, std
 
     for i in range(N, 0, -1):
         t, s = process.eps + i * dt, process.eps + (i - 1) * dt
         if predictor != "none":
-            K, centre, _, _ = precision(t)
+            K, centre, _, _ = gaussian(t)
             A, B, noise = linear_step(name, predictor, t, dt, K)
             mean, cov = A @ mean + B @ centre, A @ cov @ A.T + noise * EYE
-        K, centre, m, std = precision(s)
+        K, centre, m, std = gaussian(s)
         for _ in range(2 if corrector != "none" else 0):
             g = (draws @ torch.linalg.cholesky(cov).T + mean - centre) @ K
             norms = draws.norm(dim=1).mean() / g.norm(dim=1).mean()
@@ -1391,6 +1396,13 @@ def test_colorization_keeps_the_grey_image_and_gives_the_conditional_mean(name, 
     assert x.mean((0, 2, 3)).tolist() == pytest.approx(v.tolist(), abs=0.04)
     cov = torch.diag(v) - v.outer(v) / v.sum()
     torch.testing.assert_close(x.flatten(1).T.cov(), cov, rtol=0, atol=0.03)
+
+
+def test_the_last_call_denoises():
+    score, x_T = Calls(lambda x, t: torch.full_like(x, 7.0)), torch.ones(2, 3)
+    x_0 = sde.pc_sample(score, SDES["vp"], x_T, 30, "ancestral", "none")
+    (m, std), x = mean_and_std("vp", 1e-3), score[-1][0]
+    torch.testing.assert_close(x_0, (x + std.float() ** 2 * 7) / m.float())
 
 
 def test_langevin_takes_the_norms_of_the_batch():
@@ -1806,12 +1818,13 @@ def run_sampler(name, N, record):
         out = getattr(ncsn, name)(model, *given, sigmas, 0.01, N // 3, record=record)
     else:
         process, predictor, corrector = name.split()
-        process, times = SDES[process], []
-        out = sde.pc_sample(model, process, x, N, predictor, corrector, 0.05, 2, record=record)
+        process, times, denoise = SDES[process], [], corrector != "ald"
+        out = sde.pc_sample(model, process, x, N, predictor, corrector, 0.05, 2, denoise,
+                            record=record)
         steps = [process.eps + (1 - process.eps) * i / N for i in range(N, -1, -1)]
         for t, s in zip(steps, steps[1:], strict=False):  # predictor at t, correctors at s
             times += [t] * (predictor != "none") + [s, s] * (corrector != "none")
-        times.append(process.eps)  # to denoise
+        times += [process.eps] * denoise
     return x, out, model, times
 
 
@@ -2151,9 +2164,10 @@ def test_a_text_never_predicts_its_mask():
 
 @pytest.mark.parametrize("T", [1, 2])
 def test_the_last_step_may_take_the_mode(T):
-    diffusion, logits = d3pm.CategoricalDiffusion(3, T), DATA.log().expand(500, 1, 3)
-    x_T = diffusion.prior_sample((500, 1))
-    assert (d3pm.d3pm_sample(lambda x_t, t: logits, x_T, diffusion, final_mode=True) == 0).all()
+    diffusion, logits = d3pm.CategoricalDiffusion(3, T), torch.tensor([0.0, 3.0, 1.0])
+    x_T = diffusion.prior_sample((50, 2, 3))
+    x = d3pm.d3pm_sample(lambda x_t, t: logits.expand(50, 2, 3, 3), x_T, diffusion, final_mode=True)
+    assert torch.equal(x, torch.ones_like(x_T))
 
 
 class Largest(TorchDispatchMode):
