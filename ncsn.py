@@ -215,18 +215,13 @@ def scales_technique2(sigma_1, sigma_L, dim):
     return max(2, round(1 + math.log(sigma_1 / sigma_L) / math.log(gamma)))
 
 
-def unconditional_score(net, x, sigma):
-    """Technique 3: net(x) / sigma, a network that does not see sigma (B,)."""
-    return net(x) / expand(sigma, x)
-
-
 def noise_conditional_score(net, sigmas, settings):
     """score(x, sigma) from a network of images in [-1, 1] and a time. settings "2019": the time is
     the level's index, the output the score; "2020": the time is 0, the output / sigma the score."""
 
     def score(x, sigma):
         if settings == "2020":
-            return unconditional_score(lambda x: net(2 * x - 1, 0 * sigma), x, sigma)
+            return net(2 * x - 1, 0 * sigma) / expand(sigma, x)  # Technique 3
         index = (sigmas.to(sigma.dtype) - sigma[:, None]).abs().argmin(1)
         return net(2 * x - 1, index)
 

@@ -618,10 +618,18 @@ def test_step_of_technique_4_keeps_the_variance_best(T):
     assert miss(best) < 0.12 and all(miss(best) < miss(best * k) for k in (0.7, 0.97, 1.03, 1.4))
 
 
-def test_technique_3_divides_by_sigma():
-    x, sigma = torch.randn(3, 1, 2, 2), torch.tensor([0.1, 1.0, 10.0])
-    out = ncsn.unconditional_score(lambda x: 2 * x, x, sigma)
-    torch.testing.assert_close(out, 2 * x / sigma.view(3, 1, 1, 1))
+def test_what_the_networks_of_both_papers_are_given_and_return():
+    """2019: the index of the level, and the score; 2020 (Technique 3): 0, and sigma times it."""
+    sigmas, index = ncsn.geometric_sigmas(1.0, 0.01, 3), torch.tensor([2, 0, 1])
+    x, sigma = torch.rand(3, 1), sigmas[index].float()
+
+    def net(x, t):
+        return x + 10 * t.view(3, 1)
+
+    first, sequel = (ncsn.noise_conditional_score(net, sigmas, year)(x, sigma)
+                     for year in ("2019", "2020"))
+    torch.testing.assert_close(first, 2 * x - 1 + 10 * index.view(3, 1))
+    torch.testing.assert_close(sequel, (2 * x - 1) / sigma.view(3, 1))
 
 
 # ---- 1. Against the truth: sliced score matching -------------------------------------------------
