@@ -312,8 +312,8 @@ def bits_per_dim(model, x_0, diffusion):
 
 def infill(model, x, known, diffusion, record=None):
     """x_0 like x (B, ...) whose positions are x's where known is True; known broadcasts against x.
-    The others begin as masks, at the t that masks that many on average. The known are predicted
-    with certainty, and stay: in Eq. (4) only a mask changes. ValueError if not absorbing."""
+    The others begin as masks, at the t that masks that many on average. Known positions are
+    predicted with certainty and stay: in Eq. (4) only a mask changes. ValueError: not absorbing."""
     if diffusion.transition != "absorbing":
         raise ValueError("only the absorbing transition marks the positions to fill in")
     certain = F.one_hot(x, diffusion.K).log()  # 0 at x, -inf elsewhere
