@@ -5,7 +5,7 @@ Implements: SSM's Sec. 2 and 3 with Alg. 1; and, with NCSN's numbers, its Eq. (4
 Alg. 1; Fig. 2.
 
     x               data; images: 8 bits scaled linearly to [0, 1]  (B, ...), d numbers each
-    s, score(x)     the model of grad log p(x), the score       like x
+    s, score(x)     the model of grad log p(x), the score           like x
     v               random projection, E[v v^T] = I                 like x
     z               noise of the data, of each Langevin step        like x, N(0, I)
     sigmas          noise levels sigma_1 > ... > sigma_L            (L,) float64, with one ratio
