@@ -182,7 +182,6 @@ def gmm_score(x, sigma):
 # NCSNv2: five techniques
 
 
-@torch.no_grad()
 def max_pairwise_distance(data):
     """Technique 1, for sigma_1: the largest Euclidean distance between two of data (N, ...)."""
     parts = data.flatten(1).split(1000)  # so that only a few at a time become floats

@@ -482,7 +482,6 @@ def colorize(score, sde, gray, x_T, **options):
     return x_0 - x_0.mean(1, keepdim=True) + gray
 
 
-@torch.no_grad()
 def max_pairwise_distance(data):
     """Technique 1, for sigma_1: the largest Euclidean distance between two of data (N, ...)."""
     parts = data.flatten(1).split(1000)  # so that only a few at a time become floats

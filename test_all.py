@@ -588,9 +588,11 @@ def test_inpainting_gives_the_conditional_mean():
 def test_inpainting_ends_with_the_mean_of_the_data():
     sigmas, x, x_init = ncsn.geometric_sigmas(1.0, 0.3, 3), torch.randn(4, 5), torch.rand(4, 5)
     mask = torch.tensor([1.0, 0.0, 0.0, 1.0, 0.0])
-    noisy, mean = (with_seed(2, ncsn.inpaint, lambda x, sigma: 3 - x, x, mask, x_init, sigmas,
-                             0.01, 2, denoise) for denoise in (False, True))
+    arguments, record = (lambda x, sigma: 3 - x, x, mask, x_init, sigmas, 0.01, 2), []
+    noisy, mean = (with_seed(2, ncsn.inpaint, *arguments, denoise) for denoise in (False, True))
     torch.testing.assert_close(mean, noisy + 0.3**2 * (3 - noisy))
+    with_seed(2, ncsn.inpaint, *arguments, True, record)
+    assert equal(record[-2:], [noisy, mean]) and len(record) == 7
 
 
 def test_techniques_give_the_published_numbers():
@@ -1111,6 +1113,7 @@ def test_sdes_have_the_published_numbers():
     assert ladder.tolist() == pytest.approx([6.50132, 0.00131140], rel=1e-4)
     for name, process in SDES.items():
         z, std = process.prior((2, 3, 4, 5)), 5.0 if name == "ve" else 1.0
+        assert process.data_range == ((0.0, 1.0) if name == "ve" else (-1.0, 1.0))
         exact = torch.distributions.Normal(0.0, std).log_prob(z).flatten(1).sum(1)
         torch.testing.assert_close(process.prior_logp(z), exact)
         has_moments(process.prior((20_000, 1)), torch.zeros(1), torch.full((1, 1), std**2))
@@ -1290,10 +1293,12 @@ def test_a_hopeless_slope_ends_the_solver(slope):
         sde.dormand_prince(slope, torch.full((2, 1), 2.0).double(), 0.0, 1.0, 1e-5, 1e-5, 300)
 
 
-def test_the_published_tolerances_are_the_defaults():
+def test_the_published_values_are_the_defaults():
     for function in (sde.ode_sample, sde.ode_encode, sde.log_likelihood, sde.bits_per_dim):
         defaults = inspect.signature(function).parameters
         assert (defaults["rtol"].default, defaults["atol"].default) == (1e-5, 1e-5)
+    for name in ("sliced_score_matching", "noisy_score_matching", "noise_conditional_loss"):
+        assert inspect.signature(getattr(sliced_sm, name)).parameters["n_projections"].default == 1
 
 
 @pytest.mark.parametrize("process", [
