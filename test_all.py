@@ -7,6 +7,7 @@
 """
 
 import ast
+import builtins
 import inspect
 import json
 import math
@@ -25,6 +26,7 @@ import zlib
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -1648,7 +1650,6 @@ GPU_TASKS = [
 @pytest.mark.parametrize(("name", "words", "tasks"), GPU_TASKS)
 def test_every_task_runs_on_a_gpu(gpu, folder, name, words, tasks):
     module = SCRIPTS[name]
-    Path("book.txt").write_text(BOOK)
     gpu(module, f"{GPU_TINY} {GPU_OWN[name]} --steps 1 --out run {words}")
     for task in tasks.split():
         gpu(module, f"--checkpoint run/checkpoint.pt --task {task}")
@@ -1675,8 +1676,8 @@ def test_errors_of_the_machine_are_one_line(folder, capsys, monkeypatch, error, 
 def test_without_a_driver_or_a_compiler_one_line_says_so(folder, capsys):
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    refused(capsys, "--device", "cuda", match="no device cuda:0 here")
-    process = start("--compile", "--channel-mult", "1", "--image-size", "4", CXX="no-compiler",
+    refused(capsys, "--device cuda", match="no device cuda:0 here")
+    process = start("--compile --channel-mult 1 --image-size 4", CXX="no-compiler",
                     PATH="/nowhere", TORCHINDUCTOR_CACHE_DIR="cache")
     error = process.communicate()[1].decode()
     assert process.returncode == 2, error
@@ -1718,11 +1719,11 @@ def test_bits_of_a_compiled_network_at_two_batch_sizes():
 def test_what_is_measured_is_in_float32(folder, calls, name, words):
     """A checkpoint trained with --bf16 gives the numbers of one trained without."""
     module = SCRIPTS[name]
-    run("--out", "run", "--steps", "1", "--bf16", module=module)
+    run("--out run --steps 1 --bf16 --image-size 8", module)
     calls.clear()
-    module.main(["--checkpoint", "run/checkpoint.pt", *words.split(), "--out", "task"])
+    module.main(f"--checkpoint run/checkpoint.pt {words} --out task".split())
     assert calls and not any(call.autocast for call in calls)
-    module.main(["--checkpoint", "run/checkpoint.pt", "--out", "samples"])
+    use(module, "run", words="--out samples")
     assert calls[-1].autocast  # but samples take bfloat16
 
 
@@ -2222,11 +2223,15 @@ def test_training_saves_eight_tensors_of_logits_at_most(transition):
 
 # ---- 3. As a user --------------------------------------------------------------------------------
 
+BOOK = "It was -- as ever -- a DARK night, and in 1887 the wind had\nno mercy: none at all! " * 50
+
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """An empty current directory with a folder `photos` of 20 colour images in two classes."""
+    """A current directory with a text, and 20 colour images in two classes, cat/*.png, dog/*.png
+    below photos."""
     monkeypatch.chdir(tmp_path)
+    Path("book.txt").write_text(BOOK)
     generator = np.random.default_rng(0)
     for i in range(20):
         path = tmp_path / "photos" / ("cat" if i % 2 else "dog") / f"{i}.png"
@@ -2235,19 +2240,28 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-def run(*words, module=ddpm):
-    module.main([*TINY, *FEWER[module.SCRIPT], *words])
+def run(words, module=ddpm):
+    module.main([*TINY, *FEWER[module.SCRIPT], *words.split()])
 
 
-def refused(capsys, *words, module=ddpm, match=""):
-    """main() ends with exit code 2 and one line on stderr, which it returns."""
+def use(module, path, task="sample", words=""):
+    """main() for this task on the checkpoint in the folder path: results.json about the task."""
+    words = ["--checkpoint", f"{path}/checkpoint.pt", "--task", task, *words.split()]
+    module.main(words)
+    return results(words[words.index("--out") + 1] if "--out" in words else f"{path}/{task}", task)
+
+
+def refused(capsys, words="", module=ddpm, match="", tiny=True):
+    """main() ends with exit code 2 and one line on stderr."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
-        run(*words, module=module)
+        if tiny:
+            run(words, module)
+        else:
+            module.main(words.split())
     error = capsys.readouterr().err
     assert stop.value.code == 2 and error.count("\n") == 1, error
     assert error.startswith(f"{module.SCRIPT}.py: error: ") and re.search(match, error), error
-    return error
 
 
 class Parsed(Exception):
@@ -2280,11 +2294,19 @@ def load(dataset, *size, **options):
 
 
 def load_state(path):
-    return ddpm.load_checkpoint(path, SCRIPTS)
+    """The checkpoint in a folder, or in a file of another name."""
+    path = Path(path)
+    return ddpm.load_checkpoint(path / "checkpoint.pt" if path.is_dir() else path, SCRIPTS)
 
 
 def snapshot(path):
-    return {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in path.rglob("*") if p.is_file()}
+    files = [p for p in Path(path).rglob("*") if p.is_file()]
+    return {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in files}
+
+
+def pictures(path):
+    """Every PNG file below a folder, with its bytes."""
+    return {str(p.relative_to(path)): p.read_bytes() for p in Path(path).rglob("*.png")}
 
 
 def equal(a, b):
@@ -2315,12 +2337,12 @@ def size_of(path):
 @pytest.fixture(scope="session")
 def made(tmp_path_factory):
     """A function: the folder of a tiny run of the script with this name, made once."""
-    runs, options = {}, {"sde": ["--image-size", "8"]}
+    runs, options = {}, {"sde": "--image-size 8"}
 
     def make(name):
         if name not in runs:
             runs[name] = tmp_path_factory.mktemp(name) / "run"
-            run("--out", str(runs[name]), *options.get(name, ()), module=SCRIPTS[name])
+            run(f"--out {runs[name]} {options.get(name, '')}", SCRIPTS[name])
         return runs[name]
 
     return make
@@ -2374,98 +2396,80 @@ def test_a_run_and_its_samples_once_more(take, name):
     sample = results(name, "sample")
     assert (sample["n"], sample["evaluations"], sample["step"]) == (3, evaluations, 4)
     assert size_of(f"{name}/process.png") == (columns * 50 + 2, rows * 50 + 2)
-    assert len(list(Path(name, "images").iterdir())) == 3
     size = 8 if name == "sde" else 16
     assert size_of(f"{name}/images/000002.png") == (size, size)
-    SCRIPTS[name].main(["--checkpoint", f"{name}/checkpoint.pt", "--sample-batch-size", "2"])
-    again = Path(name, "sample", "images", "000002.png").read_bytes()
-    assert again == Path(name, "images", "000002.png").read_bytes()  # same seed, same images
+    use(SCRIPTS[name], name, words="--sample-batch-size 2")
+    first, again = pictures(f"{name}/images"), pictures(f"{name}/sample/images")
+    assert len(first) == 3 and first == again  # same seed, same images
 
 
 def test_ddpm_measures_its_bound_and_heeds_its_flags(take, calls, monkeypatch):
     take("ddpm")
     assert log_lines("ddpm")[0]["loss"] == pytest.approx(1, abs=0.2)
-    bits = results("ddpm", "bpd")["bits_per_dim"]
-    assert results("ddpm", "bpd")["n"] == 3 and bits["standard_error"] > 0
+    measured = use(ddpm, "ddpm", "bpd")
+    bits, table = measured["bits_per_dim"], measured["steps_rate_rmse"]
+    assert results("ddpm", "bpd")["bits_per_dim"] == bits and measured["n"] == 3
     assert bits["total"] == pytest.approx(bits["L_T"] + bits["L_t"] + bits["L_0"])
-    for task in ("bpd", "interpolate"):
-        ddpm.main(["--checkpoint", "ddpm/checkpoint.pt", "--task", task])
-    assert Path("ddpm/interpolate/interpolation.png").is_file()
-    assert results("ddpm/bpd", "bpd")["bits_per_dim"] == bits
-    table = results("ddpm/bpd", "bpd")["steps_rate_rmse"]
     assert [row[0] for row in table] == [20, 18, 16, 14, 12, 10, 8, 6, 4, 2]
     assert all(a[1] > b[1] for a, b in pairwise(table))  # the rate grows with time
     assert table[0][1] == pytest.approx(bits["L_T"] + bits["L_t"])
-
-    sampled, sampler = [], ddpm.ddpm_sample
-
-    def sample(*arguments, **options):
-        sampled.append(arguments[3:])
-        return sampler(*arguments, **options)
+    use(ddpm, "ddpm", "interpolate")
+    assert size_of("ddpm/interpolate/interpolation.png") == (13 * 50 + 2, 8 * 50 + 2)
 
     calls.clear()
-    monkeypatch.setattr(ddpm, "ddpm_sample", sample)
-    ddpm.main(["--checkpoint", "ddpm/checkpoint.pt", "--variance", "small", "--no-clip"])
+    sampler = Mock(wraps=ddpm.ddpm_sample)
+    monkeypatch.setattr(ddpm, "ddpm_sample", sampler)
+    found = use(ddpm, "ddpm", words="--variance small --no-clip")
     assert not any(call.training for call in calls)
-    assert times(calls) == set(range(20)) and set(sampled) == {("small", False)}  # t - 1
-    found = results("ddpm/sample", "sample")
+    assert times(calls) == set(range(20))  # t - 1
+    assert {call.args[3:] for call in sampler.call_args_list} == {("small", False)}
     assert found["variance"] == "small" and found["clip"] is False
 
     total = torch.tensor([1.0, 2.0, 4.0, 9.0])
     known = {"total": total, "L_T": total, "L_t": total.expand(19, 4).T, "L_0": total,
              "mse": total.expand(20, 4).T}
     monkeypatch.setattr(ddpm, "bits_per_dim", lambda *_: known)
-    words = "--checkpoint ddpm/checkpoint.pt --task bpd --sample-batch-size 9 --out known"
-    ddpm.main(words.split())
-    measured = results("known", "bpd")["bits_per_dim"]  # the error is that of the mean
-    assert measured["total"] == 4 and measured["standard_error"] == pytest.approx(1.7795130)
+    bits = use(ddpm, "ddpm", "bpd", "--sample-batch-size 9 --out known")["bits_per_dim"]
+    assert bits["total"] == 4  # and the error is that of the mean
+    assert bits["standard_error"] == pytest.approx(1.7795130)
 
 
 @pytest.mark.parametrize("module", SCRIPTS.values(), ids=SCRIPTS)
 def test_resume_is_bit_for_bit(folder, module):
-    flags = ("--flip", "--dropout", "0.1", "--warmup", "3", "--log-every", "3")
-    run(*flags, "--steps", "10", "--out", "whole", module=module)
-    run(*flags, "--steps", "5", "--out", "parts", module=module)
+    flags = "--flip --dropout 0.1 --warmup 3 --log-every 3"
+    run(f"{flags} --steps 10 --out whole", module)
+    run(f"{flags} --steps 5 --out parts", module)
     with open("parts/log.jsonl", "a") as file:  # as after a crash past the checkpoint
         file.write('{"step": 6, "loss": 0.0}\n{"step": 7, "lo')
     Path("parts/images/000009.png").write_bytes(b"of before")
-    module.main(["--resume", "--out", "parts", "--steps", "10"])
-    assert not Path("parts/images/000009.png").exists()
-    whole, parts = (load_state(f"{name}/checkpoint.pt") for name in ("whole", "parts"))
+    module.main("--resume --out parts --steps 10".split())
+    whole, parts = load_state("whole"), load_state("parts")
     assert whole["step"] == 10 and equal(whole, parts)
     assert Path("whole/log.jsonl").read_text() == Path("parts/log.jsonl").read_text()
-    image = "images/000001.png"
-    assert Path("whole", image).read_bytes() == Path("parts", image).read_bytes()
+    assert pictures("whole/images") == pictures("parts/images")
 
 
 def test_a_run_folder_is_never_overwritten(take, capsys):
     take("ddpm")
-    Path("ddpm").rename("run")
-    before = snapshot(Path("run"))
-    refused(capsys, "--out", "run", match="--resume")
-    refused(capsys, "--checkpoint", "run/checkpoint.pt", "--out", "run", match="not empty")
-    refused(capsys, "--resume", "--out", "run", "--steps", "3", match="has done 4 already")
-    refused(capsys, "--resume", "--checkpoint", "run/checkpoint.pt", match="leave out")
-    ddpm.main(["--checkpoint", "run/checkpoint.pt", "--task", "interpolate"])
-    picture = Path("run/interpolate/interpolation.png").read_bytes()
-    ddpm.main(["--checkpoint", "run/checkpoint.pt", "--task", "sample", "--out", "s"])
-    other = ("--seed", "5", "--out", "s")
-    refused(capsys, "--checkpoint", "run/checkpoint.pt", *other, match="not empty")
-    assert Path("run/interpolate/interpolation.png").read_bytes() == picture
-    after = snapshot(Path("run"))
-    assert all(after[path] == content for path, content in before.items())
+    before = snapshot("ddpm")
+    use(ddpm, "ddpm", "interpolate")
+    use(ddpm, "ddpm", words="--out samples")
+    words = "--checkpoint ddpm/checkpoint.pt --seed 5 --out samples"
+    refused(capsys, words, match="samples is not empty", tiny=False)
+    after = snapshot("ddpm")
+    assert before == {path: after[path] for path in before}
 
 
 MISTAKES = {
     "ddpm": [
         ("--dataset nowhere", "no data set nowhere: take digits, mnist"),
         ("--dataset empty", "empty has 0 images"),
-        ("--dataset broken", "1 of 21 images cannot be read: broken/3.png: "),
+        ("--dataset broken", "2 of 22 images cannot be read: broken/3.png: .*truncated"),
+        ("--dataset deep", "deep/0.png: more than 8 bits per channel: convert"),
         ("--image-size 17", "multiples of 2"),
         ("--image-size 16 16 16", "image-size"),
         ("--steps 0", "--steps: 0 is not a positive number"),
         ("--lr nan", "--lr: nan is not a positive number"),
-        ("--lr fast", "invalid float value"),
         ("--dropout 1.5", "dropout"),
         ("--channel-mult", "expected at least one argument"),
         ("--batch-size -1", "--batch-size"),
@@ -2490,7 +2494,10 @@ MISTAKES = {
         ("--checkpoint ddpm/checkpoint.pt --T 10", "--T: .* trained with 20"),
         ("--checkpoint ddpm/checkpoint.pt --dataset nowhere --task bpd", "no data set nowhere"),
         ("--num-test 0", "--num-test"),
-        ("--out ddpm", "not empty"),
+        ("--out ddpm", "ddpm is not empty: --resume"),
+        ("--out ddpm --checkpoint ddpm/checkpoint.pt", "not empty"),
+        ("--out ddpm --resume --steps 3", "has done 4 already"),
+        ("--resume --checkpoint ddpm/checkpoint.pt", "leave out"),
         ("--out photos/cat/1.png/run", "photos/cat/1.png"),
     ],
     "ddim": [
@@ -2503,12 +2510,8 @@ MISTAKES = {
         ("--dataset gmm --task inpaint", "gmm takes"),
         ("--dataset gmm --checkpoint ncsn/checkpoint.pt", "gmm takes"),
         ("--dataset gmm --eps 1e9 --T 20", "chains diverge"),
-        ("--levels few", "invalid int value: 'few'"),
-        ("--levels -1", "--levels: -1 is not a positive number"),
         ("--levels 1 --eps 0", "--eps needs a number"),
         ("--sigma-max 0.001", "need L >= 1, falling"),
-        ("--sigma-max much", "invalid float value"),
-        ("--eps nan", "--eps"),
         ("--checkpoint ncsn/checkpoint.pt --settings 2019", "trained with 2020"),
         ("--checkpoint ncsn/checkpoint.pt --sigma-max 2", "trained with 7.38"),
     ],
@@ -2521,11 +2524,9 @@ MISTAKES = {
         ("--sde subvp --predictor ancestral", "not defined for the sub-VP"),
         ("--predictor heun", "invalid choice: 'heun'"),
         ("--sde ve --sigma-max 0.001", "sigma from 0.01 to 0.001"),
-        ("--sde ve --sigma-max big", "sigma-max"),
         ("--beta-min 30", "beta from 30.0 to 4.0"),
         ("--task colorize", "takes colour images"),
         ("--tolerance 0", "tolerance"),
-        ("--snr nan", "snr"),
         ("--checkpoint sde/checkpoint.pt --sde ve", "--sde: .* trained with vp"),
         ("--checkpoint sde/checkpoint.pt --beta-max 10", "--beta-max: .* trained with 4.0"),
         ("--checkpoint ddpm/checkpoint.pt --beta-max 10", "--beta-max: the checkpoint has its own"),
@@ -2545,7 +2546,6 @@ MISTAKES = {
         ("--projection uniform", "invalid choice"),
         ("--num-projections 0", "--num-projections"),
         ("--sigma-max 0.01", "need L >= 1, falling"),
-        ("--eps nan", "--eps"),
         ("--checkpoint sliced_sm/checkpoint.pt --levels 5", "trained with 4"),
         ("--checkpoint sliced_sm/checkpoint.pt --sigma-min 0.01", "trained with"),
     ],
@@ -2558,7 +2558,6 @@ MISTAKES = {
         ("--transition uniform --task infill", "infill needs --transition absorbing"),
         ("--levels 1", "K = 1 states"),
         ("--T 0", "--T"),
-        ("--hybrid -1", "--hybrid"),
         ("--dataset book.txt --width 9", "--width 9 must be even"),
         ("--dataset book.txt --heads 3", "--width 8 must be even"),
         ("--dataset book.txt --length 400", "needs 16000"),
@@ -2586,28 +2585,28 @@ def test_mistakes_end_in_one_line(folder, take, capsys, name, words, match):
                         ("hostile.pt", {"method": "ddpm", "settings": Hostile()})):
         torch.save(state, path)
     Path("empty").mkdir()
-    shutil.copytree("photos", "broken")
-    Path("broken/3.png").write_bytes(Path("broken/cat/1.png").read_bytes()[:200])
-    for path, text, encoding in (
-        ("text.pt", "weights", "ascii"), ("book.txt", BOOK, "ascii"),
-        ("latin.txt", "d\u00e9j\u00e0 vu " * 100, "latin-1"),
-        ("russian.txt", "\u0412\u043e\u0439\u043d\u0430 \u0438 leo " * 100, "utf-8"),
-    ):
-        Path(path).write_text(text, encoding)
+    for path in ("broken", "deep"):
+        shutil.copytree("photos", path)
+    Image.fromarray(np.full((8, 8), 1000, np.uint16)).save("deep/0.png")
+    for i in (3, 4):
+        Path(f"broken/{i}.png").write_bytes(Path("broken/cat/1.png").read_bytes()[:200])
+    Path("text.pt").write_text("weights")
+    Path("latin.txt").write_text("d\u00e9j\u00e0 vu " * 100, "latin-1")
+    Path("russian.txt").write_text("\u0412\u043e\u0439\u043d\u0430 \u0438 leo " * 100, "utf-8")
     before = snapshot(folder)
-    refused(capsys, *words.split(), module=SCRIPTS[name], match=match)
+    refused(capsys, words, SCRIPTS[name], match)
     assert snapshot(folder) == before and not Path("executed").exists()
 
 
 def test_a_full_disk_keeps_the_last_checkpoint(folder, capsys):
     import resource
 
-    run("--out", "run", "--steps", "2")
+    run("--out run --steps 2")
     good = Path("run/checkpoint.pt").read_bytes()
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (len(good) // 2, limits[1]))
     try:
-        refused(capsys, "--out", "run", "--resume", "--steps", "4", match="is the disk full")
+        refused(capsys, "--out run --resume --steps 4", match="is the disk full")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert Path("run/checkpoint.pt").read_bytes() == good
@@ -2632,42 +2631,39 @@ def test_no_flipped_byte_loads_wrong_values(tmp_path):
             load_state(path)
 
 
-def start(*words, **environment):
+def start(words, **environment):
     """ddpm.py in a process of its own, one thread."""
-    command = [sys.executable, str(ROOT / "ddpm.py"), *TINY, *FEWER["ddpm"], *words]
+    command = [sys.executable, str(ROOT / "ddpm.py"), *TINY, *FEWER["ddpm"], *words.split()]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     return subprocess.Popen(command, env=environment, **pipes)
 
 
-def wait_for(path, process):
+def wait_until(condition, process):
     for _ in range(1200):
-        if path.exists():
+        if condition():
             return
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.05)
-    raise AssertionError(f"no {path}")
+    raise AssertionError("it takes more than a minute")
 
 
 def test_signals_kill_and_resume(folder):
-    endless = ("--steps", "1000000", "--save-every", "1", "--out", "run")
-    process = start(*endless)
-    wait_for(Path("run/checkpoint.pt"), process)
+    endless = "--steps 1000000 --out run"
+    process = start(f"{endless} --save-every 1")
+    wait_until(Path("run/checkpoint.pt").exists, process)
     time.sleep(0.3)
     process.kill()  # kill -9, in the middle of saving as likely as not
     process.wait()
-    killed = load_state("run/checkpoint.pt")["step"]
+    killed, log = load_state("run")["step"], Path("run/log.jsonl")
     assert killed > 0
-    process = start(*endless, "--resume", "--save-every", "1000000")
-    log = Path("run/log.jsonl")
-    while log.read_text().count("\n") < killed // 2 + 3:
-        assert process.poll() is None, process.stderr.read()
-        time.sleep(0.05)
+    process = start(f"{endless} --resume --save-every 1000000")
+    wait_until(lambda: log.read_text().count("\n") >= killed // 2 + 3, process)
     process.send_signal(signal.SIGTERM)
     out, _ = process.communicate(timeout=60)
-    state = load_state("run/checkpoint.pt")
-    assert process.returncode == 128 + signal.SIGTERM and state["step"] > killed
-    assert f"stopped after step {state['step']}".encode() in out
+    step = load_state("run")["step"]
+    assert process.returncode == 128 + signal.SIGTERM and step > killed
+    assert f"stopped after step {step}".encode() in out
 
 
 def test_copied_alone_they_still_run(folder):
@@ -2687,25 +2683,13 @@ for name, words in json.loads(sys.argv[1]).items():
         Path(name).mkdir()
         for file in (f"{name}.py", "unet.py"):
             shutil.copy(ROOT / file, name)
-        words[name] = [*TINY, *FEWER[name], "--dataset", "../photos", "--image-size", "8"]
+        words[name] = [*TINY, *FEWER[name], *"--dataset ../photos --image-size 4 8".split()]
     command = [sys.executable, "driver.py", json.dumps(words)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     for name in SCRIPTS:
-        assert Image.open(f"{name}/runs/{name}-photos/images/000000.png").mode == "RGB"
-
-
-@pytest.mark.parametrize("size", [("8",), ("16", "24")])
-def test_folders_of_images(folder, size):
-    run("--dataset", "photos", "--image-size", *size, "--out", "run")
-    H, W = int(size[0]), int(size[-1])
-    assert Image.open("run/images/000000.png").size == (W, H)
-    args, (images, labels), (test, _) = load("photos", H, W)
-    names = [f"{'cat' if i % 2 else 'dog'}/{i}.png" for i in range(20)]
-    held_out = [name for name in names if zlib.crc32(name.encode()) % 10 == 0]
-    assert images.dtype == torch.uint8 and images.shape == (20 - len(held_out), 3, H, W)
-    assert len(test) == len(held_out) and args.classes == ("cat", "dog")
-    assert labels.dtype == torch.int64 and labels.unique().tolist() == [0, 1]
+        image = Image.open(f"{name}/runs/{name}-photos/images/000000.png")
+        assert image.mode == "RGB" and image.size == (8, 4)
 
 
 def save(path, colour, size=(8, 8), mode="RGB", **options):
@@ -2719,174 +2703,140 @@ def in_test(paths):
     return {path for path in paths if keys[path] % 10 == 0} or {min(paths, key=keys.get)}
 
 
-def test_classes_are_numbered_once_over_both_splits(folder, capsys):
-    """Also where the test split lacks one, and for a classifier of solid colours."""
+FLAT = [f"{i}.png" for i in range(40)] + ["0a.png"]
+LAYOUTS = [  # the files of a folder; those for testing, None: by the README's rule; the classes
+    (FLAT, None, ()),
+    (sorted({*FLAT} - in_test(FLAT)), None, ()),  # no hash is a multiple of 10
+    ([*FLAT, *(f"{'cat' if i % 2 else 'dog'}/old/{i}.png" for i in range(20))], None,
+     ("cat", "dog")),
+    *[(["Train/a/0.png", "Train/b/1.png", "Train/2.png", f"{name}/b/3.png"],
+       {f"{name}/b/3.png"}, ("a", "b")) for name in ("test", "Val", "VALID", "validation")],
+]
+
+
+@pytest.mark.parametrize(("paths", "test", "classes"), LAYOUTS)
+def test_folders_give_splits_and_classes(tmp_path, paths, test, classes):
+    for red, path in enumerate(paths):
+        save(tmp_path / path, (red, 0, 0))
+    test = in_test(paths) if test is None else test
+    args, *parts = load(tmp_path, 8, 4)
+    assert args.classes == classes
+    number = {path: next((k for k, name in enumerate(classes) if f"{name}/" in path), -1)
+              for path in paths}
+    for (images, labels), expected in zip(parts, ({*paths} - test, test), strict=True):
+        assert (images.dtype, labels.dtype) == (torch.uint8, torch.int64)
+        assert len(images) == len(expected) and images.shape[1:] == (3, 8, 4)
+        found = {paths[x[0, 0, 0]]: k for x, k in zip(images, labels.tolist(), strict=True)}
+        assert found == {path: number[path] for path in expected}
+
+
+def test_a_classifier_tells_solid_colours_apart(folder, capsys):
     colours = {"amber": (255, 190, 0), "blue": (0, 0, 255), "crimson": (220, 20, 60)}
-    for name, n in (("amber", 5), ("blue", 45), ("crimson", 40)):
-        for i in range(n):
-            save(f"solid/{name}/{i}.png", colours[name])
-    paths = [str(p.relative_to("solid")) for p in Path("solid").rglob("*.png")]
-    held_out = in_test(paths)
-    args, (images, labels), (test, test_labels) = load("solid", 8)
-    assert args.classes == ("amber", "blue", "crimson")
-    assert (len(images), len(test)) == (90 - len(held_out), len(held_out))
-    for x, y in ((images, labels), (test, test_labels)):
-        expected = torch.tensor([colours[args.classes[k]] for k in y], dtype=torch.uint8)
-        assert torch.equal(x[:, :, 0, 0], expected)
+    for name, colour in colours.items():
+        for i in range(30):
+            save(f"solid/{name}/{i}.png", colour)
     tiny = "--channels 8 --channel-mult 1 --num-res-blocks 1 --attention-resolutions --batch-size 8"
     words = f"--dataset solid --image-size 8 --steps 1 --num-steps 25 {tiny} --num-test 2"
-    sde.main([*words.split(), "--tolerance", "1", "--num-samples", "3", "--out", "run"])
-    words = "--checkpoint run/checkpoint.pt --task class --classifier-steps 60 --lr 1e-2"
-    sde.main([*words.split(), "--warmup", "0", "--sample-batch-size", "64"])
-    assert "t = 1e-05: accuracy 1.000" in capsys.readouterr().out
-    assert load_state("run/class/classifier.pt")["settings"]["classes"] == args.classes
-    assert results("run/class", "class")["classes"] == list(args.classes)
+    sde.main(f"{words} --tolerance 1 --num-samples 3 --out run".split())
+    words = "--classifier-steps 60 --lr 1e-2 --warmup 0 --sample-batch-size 64"
+    found = use(sde, "run", "class", words)
+    assert found["t_accuracy"][0] == [1e-5, 1.0] and found["classes"] == [*colours]
+    assert load_state("run/class/classifier.pt")["settings"]["classes"] == (*colours,)
     save("solid/stray.png", (0, 0, 0))
-    with pytest.raises(SystemExit):
-        sde.main("--checkpoint run/checkpoint.pt --task class --out x".split())
-    assert "solid/stray.png has no class" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("test_name", ["test", "Val", "VALID", "validation"])
-def test_folders_called_train_and_test_are_the_splits(folder, test_name):
-    for i in range(12):
-        save(f"data/Train/{'ab'[i % 2]}/{i}.png", (i, 0, 0))
-    for i in range(3):
-        save(f"data/{test_name}/b/{i}.png", (100 + i, 0, 0))
-    args, (images, labels), (test, test_labels) = load("data", 8)
-    assert sorted(images[:, 0, 0, 0].tolist()) == list(range(12))
-    assert sorted(test[:, 0, 0, 0].tolist()) == [100, 101, 102]
-    assert args.classes == ("a", "b") and test_labels.tolist() == [1, 1, 1]
-    assert labels.bincount().tolist() == [6, 6]
-
-
-def test_added_files_move_no_other_file_between_the_splits(folder):
-    for i in range(40):
-        save(f"flat/{i}.png", (i, 0, 0))
-    _, (before, _), (test, _) = load("flat", 8)
-    names = [f"{i}.png" for i in range(40)]
-    assert set(test[:, 0, 0, 0].tolist()) == {int(name[:-4]) for name in in_test(names)}
-    save("flat/0a.png", (200, 0, 0))
-    _, (after, _), (more, _) = load("flat", 8)
-    for old, new in ((before, after), (test, more)):
-        assert set(old[:, 0, 0, 0].tolist()) <= set(new[:, 0, 0, 0].tolist())
-    for name in in_test(os.listdir("flat")):
-        Path("flat", name).unlink()
-    _, _, (test, _) = load("flat", 8)  # no hash is a multiple of 10: the smallest is taken
-    least = min(os.listdir("flat"), key=lambda name: zlib.crc32(name.encode()))
-    assert test[:, 0, 0, 0].tolist() == [int(least[:-4])] and least != "0a.png"
+    words = "--checkpoint run/checkpoint.pt --task class --out x"
+    refused(capsys, words, sde, "solid/stray.png has no class", tiny=False)
 
 
 def test_what_is_read_from_a_folder(folder, capsys, monkeypatch):
     kinds = "JPG jpeg jfif png webp bmp gif tif TIFF ppm".split()
     for i, kind in enumerate(kinds):
-        save(f"photos2/a/{i}.{kind}", (20 * i, 10, 30), format="JPEG" if kind == "jfif" else None)
-    save("photos2/a/10.pgm", 90, mode="L")
+        save(f"many/a/{i}.{kind}", (20 * i, 10, 30), format="JPEG" if kind == "jfif" else None)
+    save("many/a/10.pgm", 90, mode="L")
     save("elsewhere/linked.png", (1, 2, 3))
-    os.symlink(Path("elsewhere").resolve(), "photos2/b")
-    os.symlink(Path("photos2").resolve(), "photos2/a/loop")
-    save("photos2/.ipynb_checkpoints/1.png", (0, 0, 0))
-    save("photos2/__MACOSX/1.png", (0, 0, 0))
+    for link, target in (("many/b", "elsewhere"), ("many/a/loop", "many")):
+        os.symlink(Path(target).resolve(), link)
+    for name in (".ipynb_checkpoints", "__MACOSX"):
+        save(f"many/{name}/1.png", (0, 0, 0))
     for name in ("a/._x.png", "Thumbs.db", "notes.txt", "a/clip.mp4"):
-        Path("photos2", name).write_bytes(b"not an image")
-    args, (images, _), (test, _) = load("photos2", 8)
+        Path("many", name).write_bytes(b"not an image")
+    args, (images, _), (test, _) = load("many", 8)
     assert len(images) + len(test) == 12 and args.classes == ("a", "b")
-    assert "photos2: 2 other files are left out" in capsys.readouterr().out
-    monkeypatch.chdir("photos2")
-    words = f"{GPU_TINY} {GPU_OWN['ddpm']} --device cpu --steps 1 --dataset . --image-size 8"
-    ddpm.main([*words.split(), "--channel-mult", "1"])
-    Path("runs/ddpm-photos2/checkpoint.pt").rename("kept.pt")
-    args, (images, _), (test, _) = load(".", 8)  # not the run's own samples
+    assert "many: 2 other files are left out" in capsys.readouterr().out
+    monkeypatch.chdir("many")
+    run("--steps 1 --dataset . --image-size 8 --num-samples 1 --channel-mult 1")
+    assert Path("runs/ddpm-many/checkpoint.pt").exists()
+    _, (images, _), (test, _) = load(".", 8)  # not the run's own samples
     assert len(images) + len(test) == 12
 
 
-def test_colour_is_decided_over_both_splits(folder, capsys):
-    for i in range(6):
-        save(f"grey/train/{i}.png", 40 * i, mode="L")
-    save("grey/train/6.png", (7, 7, 7))  # equal channels are grey, too
-    save("grey/train/7.png", 1, mode="1")
-    save("grey/test/0.png", 5, mode="L")
-    args, (images, _), (test, _) = load("grey", 8)
-    assert args.image_channels == 1 and images.shape[1] == test.shape[1] == 1
-    assert sorted(images[:, 0, 0, 0].tolist()) == [0, 7, 40, 80, 120, 160, 200, 255]
-    save("grey/test/1.png", (255, 0, 0))
-    args, (images, _), (test, _) = load("grey", 8)
+def test_colour_is_decided_over_both_splits(tmp_path):
+    save(tmp_path / "train/0.png", 40, mode="L")
+    save(tmp_path / "train/1.png", (7, 7, 7))  # equal channels are grey, too
+    save(tmp_path / "test/0.png", 5, mode="L")
+    args, (images, _), (test, _) = load(tmp_path, 8)
+    assert args.image_channels == 1 and test.shape[1] == 1
+    assert images[:, 0, 0, 0].tolist() == [40, 7] and (images[:, 0] == images[:, 0, :1, :1]).all()
+    assert load(tmp_path, 8, image_channels=3)[1][0].shape == (2, 3, 8, 8)
+    save(tmp_path / "test/1.png", (255, 0, 0))
+    args, (images, _), (test, _) = load(tmp_path, 8)
     assert args.image_channels == 3 and images.shape[1] == test.shape[1] == 3
-    args, (images, _), (test, _) = load("grey", 8, image_channels=1)
-    assert images.shape[1] == 1 and sorted(test[:, 0, 0, 0].tolist()) == [5, 76]
+    _, (images, _), (test, _) = load(tmp_path, 8, image_channels=1)
+    assert images.shape[1] == 1 and test[:, 0, 0, 0].tolist() == [5, 76]
 
 
-def test_transparency_is_white(folder, capsys):
-    for i in range(4):
-        save(f"ink/{i}.png", (0, 0, 0, 0 if i else 255), mode="RGBA")
-    save("ink/4.png", (0, 0), mode="LA")
-    palette = Image.new("P", (8, 8))
-    palette.putpalette([0, 0, 0, 9, 9, 9])
-    palette.save("ink/5.png", transparency=0)
-    _, (images, _), (test, _) = load("ink", 8)
-    values = torch.cat([images, test])[:, 0].flatten(1)
-    assert sorted(values.float().mean(1).tolist()) == [0, 255, 255, 255, 255, 255]
-    Image.fromarray(np.full((8, 8), 1000, np.uint16)).save("ink/6.png")
-    refused(capsys, "--dataset", "ink", match="ink/6.png: more than 8 bits per channel: convert")
-
-
-def test_broken_images_are_all_named_at_once(folder, capsys):
-    for i in range(5):
-        Path(f"photos/cat/b{i}.png").write_bytes(Path("photos/cat/1.png").read_bytes()[: 40 + i])
-    error = refused(capsys, "--dataset", "photos", match="5 of 25 images cannot be read: photos/")
-    assert "truncated" in error or "broken" in error or "cannot identify" in error
-
-
-def test_unusual_files_that_are_good(folder, monkeypatch):
-    """Above Pillow's pixel limit, a long text chunk, a broken EXIF block, CMYK, rotated by EXIF."""
+def test_unusual_files_that_are_good(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    save("odd/0.png", (50, 60, 70), size=(400, 20))
-    info = PngImagePlugin.PngInfo()
-    info.add_text("history", "x" * 3_000_000, zip=True)
-    save("odd/1.png", (1, 2, 3), pnginfo=info)
-    save("odd/2.png", (9, 9, 200), exif=b"Exif\0\0II")
-    save("odd/3.jpg", (0, 255, 255, 0), mode="CMYK")
-    pixels = np.zeros((4, 8), np.uint8)
-    pixels[:, :4] = 255
-    exif = Image.Exif()
-    exif[0x0112] = 3  # turned by 180 degrees
-    Image.fromarray(pixels).save("odd/4.png", exif=exif)
-    _, (images, _), (test, _) = load("odd", 4, 8)
-    both = torch.cat([images, test])
-    assert len(both) == 5 and any(torch.equal(x[0, 0], torch.tensor([0] * 4 + [255] * 4).byte())
-                                  for x in both)
-    assert any(x[:, 0, 0].tolist() == [50, 60, 70] for x in both)
+    history, turned, palette = PngImagePlugin.PngInfo(), Image.Exif(), Image.new("P", (8, 4))
+    history.add_text("history", "x" * 3_000_000, zip=True)
+    turned[0x0112] = 3  # by 180 degrees
+    palette.putpalette([0, 0, 0, 9, 9, 9])
+    half, white = [[0] * 3] * 4 + [[255] * 3] * 4, [[255] * 3] * 8
+    pixels = np.array([half[::-1]] * 4, np.uint8)
+    wide = np.hstack([pixels, np.full((4, 8, 3), 200, np.uint8), pixels])
+    files = [  # what it is saved from, with which options; the first row of pixels, about
+        (Image.new("RGB", (400, 20), (50, 60, 70)), {}, [[50, 60, 70]] * 8),  # beyond the limit
+        (Image.new("RGB", (8, 4), (90, 80, 70)), {"pnginfo": history}, [[90, 80, 70]] * 8),
+        (Image.new("RGB", (8, 4), (9, 9, 200)), {"exif": b"Exif\0\0II"}, [[9, 9, 200]] * 8),  # bad
+        (Image.new("CMYK", (8, 4), (0, 255, 255, 0)), {"format": "JPEG"}, [[255, 0, 0]] * 8),
+        (Image.fromarray(pixels), {"exif": turned}, half),
+        (Image.fromarray(wide), {}, [[200] * 3] * 8),  # cropped at the centre
+        (Image.new("1", (8, 4), 1), {}, white),
+        (Image.new("RGBA", (8, 4), (0, 0, 0, 255)), {}, [[0] * 3] * 8),
+        (Image.new("RGBA", (8, 4), (0, 0, 0, 0)), {}, white),  # transparency is white
+        (Image.new("LA", (8, 4), (0, 0)), {}, white),
+        (palette, {"transparency": 0}, white),
+    ]
+    save(tmp_path / "test/0.png", (0, 0, 0))
+    (tmp_path / "train").mkdir()
+    for i, (image, options, _) in enumerate(files):
+        image.save(tmp_path / f"train/{i:02d}.png", **{"format": "PNG"} | options)
+    images = load(tmp_path, 4, 8)[1][0]
+    rows = torch.tensor([row for _, _, row in files])
+    torch.testing.assert_close(images[:, :, 0].mT.long(), rows, rtol=0, atol=3)
 
 
 def test_a_code_page_does_not_end_a_run(folder):
-    shutil.copytree("photos", "\u7167\u7247")
-    words = "--dataset \u7167\u7247 --image-size 8 --channel-mult 1 --T 4 --beta-T 0.5 --mix-at 2"
-    process = start(*words.split(), "--out", "run", PYTHONIOENCODING="cp1252")
+    """What is printed has letters that it lacks: of a file left out, and of a broken one."""
+    Path("photos").rename("\u7167\u7247")
+    for name in ("notes.txt", "broken.png"):
+        Path("\u7167\u7247", name).write_bytes(b"not an image")
+    process = start("--dataset \u7167\u7247 --out run", PYTHONIOENCODING="cp1252")
     out, error = process.communicate()
-    assert process.returncode == 0, error
-    process = start("--dataset", "\u7167", "--out", "x", PYTHONIOENCODING="cp1252")
-    assert process.communicate()[1].startswith(b"ddpm.py: error: no data set \\u7167")
+    assert b"\\u7167\\u7247: 1 other files are left out" in out
+    assert error.startswith(b"ddpm.py: error: 1 of 21 images cannot be read: \\u7167\\u7247")
 
 
-def test_noise_that_leaves_data_is_noticed(folder, capsys):
-    for module in (ddpm, ddim):
-        words = f"{GPU_TINY} --device cpu --steps 1 --T 20 --num-steps 2 --out {module.SCRIPT}"
-        words = words.replace("--num-steps 2", "--mix-at 2" if module is ddpm else "--num-steps 2")
-        module.main([*words.split(), "--beta-1", "1e-4", "--beta-T", "0.02"])
-        out = capsys.readouterr().out
-        assert "alpha_bar_T = 0.82" in out and "by 1000 / T" in out
-        words += "-none --beta-T 0.6 --beta-1 0.01"
-        module.main(words.split())
-        assert "alpha_bar_T" not in capsys.readouterr().out
+@pytest.mark.parametrize("module", [ddpm, ddim])
+def test_noise_that_leaves_data_is_noticed(folder, capsys, monkeypatch, module):
+    def stop(run):
+        raise Parsed
 
-
-def test_folder_images_are_cropped_at_the_centre(folder):
-    Path("wide").mkdir()
-    pixels = np.zeros((8, 24), np.uint8)
-    pixels[:, 8:16] = 200
-    for i in range(20):
-        Image.fromarray(pixels).save(f"wide/{i}.png")
-    assert (load("wide", 8)[1][0] == 200).all()
+    monkeypatch.setattr(module, "load_data", stop)
+    for words, noticed in (("--beta-1 1e-4 --beta-T 0.02 --out little", True),
+                           ("--beta-1 0.01 --beta-T 0.6 --out much", False)):
+        with pytest.raises(Parsed):
+            run(words, module)
+        assert ("alpha_bar_T = 0.82 leaves data" in capsys.readouterr().out) == noticed
 
 
 def test_bundled_digits():
@@ -2904,13 +2854,12 @@ def test_bundled_digits():
 def test_cifar10_and_mnist_files_as_torchvision_lays_them(folder, monkeypatch, capsys):
     root, pixels = Path("data/cifar-10-batches-py"), np.arange(10 * 3072) % 256
     root.mkdir(parents=True)
+    batch = {"data": pixels.reshape(10, 3072).astype(np.uint8), "labels": list(range(10))}
     for name in [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]:
-        batch = {"data": pixels.reshape(10, 3072).astype(np.uint8), "labels": list(range(10))}
         (root / name).write_bytes(pickle.dumps(batch))
     (root / "batches.meta").write_bytes(pickle.dumps({"label_names": list("abcdefghij")}))
     monkeypatch.setattr(torchvision.datasets.CIFAR10, "_check_integrity", lambda self: True)
     monkeypatch.setattr(torchvision.datasets.cifar, "check_integrity", lambda path, md5: True)
-    run("--dataset", "cifar10", "--num-res-blocks", "1", "--out", "cifar")
     args, (images, labels), _ = load("cifar10", 32)
     assert args.classes == tuple("abcdefghij") and args.image_channels == 3
     assert images.shape == (50, 3, 32, 32) and labels[3] == 3
@@ -2923,11 +2872,15 @@ def test_cifar10_and_mnist_files_as_torchvision_lays_them(folder, monkeypatch, c
         (raw / f"{part}-images-idx3-ubyte").write_bytes(head + bytes(range(n)) * 784)
         head = np.array([0x801, n], ">i4").tobytes()
         (raw / f"{part}-labels-idx1-ubyte").write_bytes(head + bytes(range(n)))
-    run("--dataset", "mnist", "--channel-mult", "1", "1", "--num-res-blocks", "1", "--out", "mnist")
+    run("--dataset mnist --channel-mult 1 1 --num-res-blocks 1 --out mnist")
     assert load("mnist", 28)[2][0].shape == (5, 1, 28, 28)
 
     monkeypatch.setattr(torchvision.datasets, "CIFAR10", unreachable)
-    refused(capsys, "--dataset", "cifar10", "--out", "x", match="cannot download .* below data")
+    refused(capsys, "--dataset cifar10 --out x", match="cannot download .* below data")
+
+
+def unreachable(*args, **kwargs):
+    raise OSError("<urlopen error [Errno -3] Temporary failure in name resolution>")
 
 
 class Toy(torch.nn.Module):
@@ -2936,94 +2889,92 @@ class Toy(torch.nn.Module):
         self.w = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
 
 
-def toy_args(out, *words):
-    rate = ("--lr", "0.1", "--warmup", "0", "--lr-decay", "0")
-    args = parse(ddpm, *TINY, "--out", str(out / "run"), *rate, *words)
+def fit_toy(words, loss_fn, *data):
+    """Trains Toy in the folder run, at a rate of 0.1, and returns it; path gets its weights before
+    each step. loss_fn(w, *rows)."""
+    rate = "--lr 0.1 --warmup 0 --lr-decay 0 --out run"
+    args, toy, path = parse(ddpm, *TINY, *rate.split(), *words.split()), Toy(), []
     ddpm.setup(args)
-    return args
+
+    def loss(*rows):
+        path.append(toy.w.detach().clone())
+        return loss_fn(toy.w, *rows)
+
+    try:
+        ddpm.fit(toy, loss, data or (torch.arange(9),), args)
+    except SystemExit:
+        pass
+    path.append(load_state("run")["model"]["w"])
+    return toy, path
 
 
-def test_ema_warmup_and_clipping(tmp_path):
-    model, args = Toy(), toy_args(tmp_path, "--steps", "6", "--ema-decay", "0.3", "--warmup", "4")
-    path, ema = [], model.w.detach().clone()
-
-    def loss_fn(rows):
-        path.append(model.w.detach().clone())
-        return (model.w * 100).sum()
-
-    ddpm.fit(model, loss_fn, (torch.arange(9),), args)
-    path.append(load_state(tmp_path / "run" / "checkpoint.pt")["model"]["w"])
-    for n in range(1, 7):
-        decay = min(0.3, (1 + n) / (10 + n))
+def test_ema_learning_rate_and_clipping(folder):
+    """Where gradients are constant, Adam's steps are as long as the learning rate."""
+    words = "--steps 16 --ema-decay 0.5 --warmup 4 --lr-decay 0.5"
+    toy, path = fit_toy(words, lambda w, rows: (w * 100).sum())
+    ema, rates = path[0], [0.025, 0.05, 0.075] + [0.1 * (n / 4) ** -0.5 for n in range(4, 17)]
+    for n, rate in enumerate(rates, 1):
+        decay = min(0.5, (1 + n) / (10 + n))
         ema = decay * ema + (1 - decay) * path[n]
-        torch.testing.assert_close(path[n - 1] - path[n], torch.full((2,), 0.1 * min(1, n / 4)))
-    torch.testing.assert_close(model.w, ema)
-    assert not model.training and not model.w.requires_grad
-    log = log_lines(tmp_path / "run")
-    assert log[0]["grad_norm"] == pytest.approx(100 * math.sqrt(2)) and log[0]["lr"] == 0.025
+        torch.testing.assert_close(path[n - 1] - path[n], torch.full((2,), rate))
+    torch.testing.assert_close(toy.w, ema)
+    assert not toy.training and not toy.w.requires_grad
+    log = log_lines("run")
+    assert log[0]["grad_norm"] == pytest.approx(100 * math.sqrt(2))
+    assert {line["step"]: line["lr"] for line in log} == pytest.approx(
+        {step: rates[step - 1] for step in (1, *range(2, 17, 2))})
 
 
-def test_the_rate_decays_as_a_power_of_the_step(tmp_path):
-    words = "--steps 36 --warmup 4 --lr-decay 0.5 --log-every 9".split()
-    model, args = Toy(), toy_args(tmp_path, *words)
-    ddpm.fit(model, lambda rows: model.w.sum(), (torch.arange(9),), args)
-    log = log_lines(tmp_path / "run")
-    rates = {line["step"]: line["lr"] for line in log}
-    assert rates[1] == pytest.approx(0.025) and rates[9] == pytest.approx(0.1 * 2 / 3)
-    assert rates[36] == pytest.approx(0.1 / 3)
+def test_clipped_gradients_forget_a_large_one(folder):
+    """Of the sizes 100 and 1, Adam sees 1 and 1: the second step is as long as the first."""
+    sizes = iter([100.0, 1.0])
+    _, path = fit_toy("--steps 2", lambda w, rows: next(sizes) * w.sum() / math.sqrt(2))
+    torch.testing.assert_close(path[1] - path[2], torch.full((2,), 0.1))
 
 
-def test_non_finite_steps_touch_nothing(tmp_path, capsys):
-    words = ("--steps", "40", "--save-every", "1", "--log-every", "8")
-    model, args, calls = Toy(), toy_args(tmp_path, *words), []
+def test_non_finite_steps_touch_nothing(folder, capsys):
+    calls = []
 
-    def loss_fn(rows):
-        calls.append(model.w.detach().clone())
-        bad = len(calls) == 3 or len(calls) > 20
-        return model.w.sum() * (math.nan if bad else 1.0)
+    def loss_fn(w, rows):
+        calls.append(0)
+        return w.sum() * (math.nan if len(calls) == 3 or len(calls) > 20 else 1.0)
 
-    with pytest.raises(SystemExit):
-        ddpm.fit(model, loss_fn, (torch.arange(9),), args)
+    _, path = fit_toy("--steps 40 --save-every 1 --log-every 8", loss_fn)
     assert len(calls) == 32 and "no loss was finite" in capsys.readouterr().err  # 25 to 32
-    assert torch.equal(calls[2], calls[3]) and not torch.equal(calls[3], calls[4])
-    log = log_lines(tmp_path / "run")
-    assert log[1]["loss"] == pytest.approx(torch.stack([calls[k].sum() for k in (1, 3, 4, 5, 6, 7)])
-                                           .mean().item())  # of steps 2 to 8, but for step 3
-    state = load_state(tmp_path / "run" / "checkpoint.pt")
-    assert state["step"] == 31 and torch.equal(state["model"]["w"], calls[-1])
+    assert torch.equal(path[2], path[3]) and not torch.equal(path[3], path[4])
+    mean = torch.stack([path[k].sum() for k in (1, 3, 4, 5, 6, 7)]).mean().item()
+    assert log_lines("run")[1]["loss"] == pytest.approx(mean)  # of steps 2 to 8, but for step 3
+    state = load_state("run")
+    assert state["step"] == 31 and torch.equal(path[-1], path[20])
     assert state["optimizer"]["state"][0]["step"] == 19  # of Adam: 20, without step 3
     assert state["model"]["w"].isfinite().all() and state["ema"]["w"].isfinite().all()
 
 
-def test_rows_of_all_parts_stay_together_and_flips_mirror(tmp_path):
+def test_rows_of_all_parts_stay_together_and_flips_mirror(folder):
     images = torch.arange(50 * 6, dtype=torch.uint8).view(50, 1, 2, 3)
-    model, kinds = Toy(), []
 
-    def loss_fn(rows, labels):
+    def loss_fn(w, rows, labels):
         plain = (rows == images[labels]).flatten(1).all(1)
         mirrored = (rows == images[labels].flip(-1)).flatten(1).all(1)
         assert (plain ^ mirrored).all() and rows.dtype == torch.uint8
-        kinds.append(mirrored.float().mean().item())
-        return model.w.sum()
+        assert abs(mirrored.float().mean() - 0.5) < 0.1
+        return w.sum()
 
-    args = toy_args(tmp_path, "--batch-size", "400", "--flip")
-    ddpm.fit(model, loss_fn, (images, torch.arange(50)), args)
-    assert all(abs(share - 0.5) < 0.1 for share in kinds)
+    fit_toy("--batch-size 400 --flip", loss_fn, images, torch.arange(50))
 
 
-def torchrun(*words, cwd):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    options = {"cwd": cwd, "env": environment, "capture_output": True, "text": True}
-    done = subprocess.run([*command, *words], **options)
+def torchrun(*command):
+    """Two processes; what they print."""
+    launcher = "-m torch.distributed.run --standalone --nproc_per_node=2".split()
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, *launcher, *command], text=True, env=environment,
+                          capture_output=True)
     assert done.returncode == 0, done.stderr
-    return done
+    return done.stdout
 
 
 def test_two_processes_average_their_gradients(folder):
     Path("driver.py").write_text(f"""
-import sys
-sys.path.insert(0, {str(ROOT)!r})
 import ddpm, torch
 torch.manual_seed(ddpm.RANK)
 class Toy(torch.nn.Module):
@@ -3041,7 +2992,7 @@ def loss_fn(rows):
 ddpm.fit(toy, loss_fn, (torch.arange(9),), args)
 torch.save((torch.stack(seen), toy.w, torch.rand(1)), f"rank{{ddpm.RANK}}.pt")
 """)
-    torchrun("driver.py", cwd=folder)
+    torchrun("driver.py")
     (w0, ema0, r0), (w1, ema1, r1) = (torch.load(f"rank{i}.pt") for i in (0, 1))
     assert torch.equal(w0, w1) and torch.equal(ema0, ema1) and r0 != r1
     log = log_lines("toy")
@@ -3050,29 +3001,26 @@ torch.save((torch.stack(seen), toy.w, torch.rand(1)), f"rank{{ddpm.RANK}}.pt")
 
 
 def test_torchrun_trains_and_samples(folder):
-    words = [*TINY, *FEWER["ddpm"], "--out", "run"]
-    done = torchrun(str(ROOT / "ddpm.py"), *words, cwd=folder)
-    assert done.stdout.count("step 4 of 4") == 1
-    assert load_state("run/checkpoint.pt")["step"] == 4
-    assert len(list(Path("run/images").iterdir())) == 3
-    words = ["--checkpoint", "run/checkpoint.pt", "--num-samples", "10", "--sample-batch-size", "3"]
-    ddpm.main([*words, "--out", "one"])
+    script = str(ROOT / "ddpm.py")
+    out = torchrun(script, *TINY, *FEWER["ddpm"], "--out", "run")
+    assert out.count("step 4 of 4") == 1 and load_state("run")["step"] == 4
+    assert len(pictures("run/images")) == 3
+    words = "--num-samples 10 --sample-batch-size 3 --out"
+    use(ddpm, "run", words=f"{words} one")
     shutil.copytree("one", "two")
     for i in (0, 1, 2, 4, 9):  # as if it had been killed: two batches are whole, two are not
         Path(f"two/images/{i:06d}.png").unlink()
-    torchrun(str(ROOT / "ddpm.py"), *words, "--out", "two", cwd=folder)
-    one, two = ({path.relative_to(out): path.read_bytes() for path in Path(out).rglob("*.png")}
-                for out in ("one", "two"))
-    assert len(one) == 12 and one == two  # samples.png and process.png, too
+    torchrun(script, "--checkpoint", "run/checkpoint.pt", *words.split(), "two")
+    one = pictures("one")
+    assert len(one) == 12 and one == pictures("two")  # samples.png and process.png, too
 
 
 def test_ddim_tasks_on_the_checkpoint_of_ddpm(take, monkeypatch):
     take("ddpm")
-    words, found = "--checkpoint ddpm/checkpoint.pt --num-steps 7".split(), {}
+    found = {}
     for task, picture in (("sample", "process"), ("sweep", "sweep"),
                           ("reconstruct", "reconstruct"), ("interpolate", "interpolation")):
-        ddim.main([*words, "--task", task, "--num-test", "3"])
-        found[task] = results(f"ddpm/{task}", task)
+        found[task] = use(ddim, "ddpm", task, "--num-steps 7 --num-test 3")
         assert Path("ddpm", task, f"{picture}.png").is_file()
     assert found["sample"]["evaluations"] == 7 and found["sample"]["clip"] is False
     assert found["sample"]["step"] == 4 and found["reconstruct"]["n"] == 3
@@ -3081,13 +3029,13 @@ def test_ddim_tasks_on_the_checkpoint_of_ddpm(take, monkeypatch):
 
     states, first, step = [], [], ddim.ddim_step
 
-    def spy(x_t, eps, t, s, *rest, **options):
+    def spy(x_t, *arguments, **options):
         states.append(torch.get_rng_state())
         first.append(x_t)
-        return step(x_t, eps, t, s, *rest, **options)
+        return step(x_t, *arguments, **options)
 
     monkeypatch.setattr(ddim, "ddim_step", spy)
-    ddim.main([*words, "--task", "sweep", "--out", "again"])
+    use(ddim, "ddpm", "sweep", "--out again")
     for state in states:  # no noise is the x_T that all rows begin with
         torch.set_rng_state(state)
         assert not torch.equal(torch.randn_like(first[0]), first[0])
@@ -3095,9 +3043,8 @@ def test_ddim_tasks_on_the_checkpoint_of_ddpm(take, monkeypatch):
     gamma = torch.load("ddpm/gamma.pt", weights_only=True)
     assert gamma["step"] == 4 and gamma["gamma"].shape == (21,)
     monkeypatch.setattr(ddim, "analytic_gamma", None)  # it is computed once
-    ddim.main([*words, "--variance", "analytic", "--eta", "1", "--out", "analytic"])
-    sample = results("analytic", "sample")
-    assert sample["variance"] == "analytic" and sample["clip"] is True and sample["eta"] == 1
+    sample = use(ddim, "ddpm", words="--num-steps 7 --variance analytic --eta 1 --out analytic")
+    assert (sample["variance"], sample["clip"], sample["eta"]) == ("analytic", True, 1)
 
 
 # ---- 3. As a user: published weights -----------------------------------------------------------
@@ -3203,38 +3150,7 @@ def test_bad_weights_end_in_one_line(tmp_path, monkeypatch):
 
 
 def test_scripts_sample_from_published_weights(folder, monkeypatch, capsys):
-    state = diffusers_state(UNet())
-    torch.save(state, "weights.bin")
-    Path("a").mkdir()
-    write_safetensors(Path("a/diffusion_pytorch_model.safetensors"), state)
-    monkeypatch.setattr(ddpm, "ddpm_sample", lambda model, x_T, *a, record: model(x_T, 1 + 0 * x_T))
-    monkeypatch.setattr(ddpm, "eps_model", lambda net: lambda x, t: net(x, t[:, 0, 0, 0]))
-    for module, weights, words in (
-        (ddpm, "a", ""), (ddim, "weights.bin", "--num-steps 2"),
-        (sde, "weights.bin", "--predictor euler_maruyama --corrector none --num-steps 21"),
-    ):
-        module.main(f"--weights {weights} --num-samples 1 --device cpu {words}".split())
-        out = Path(f"runs/{module.SCRIPT}-{weights}/sample")
-        assert (out / "images" / "000000.png").exists()
-        found = results(out)
-        assert found["sample"]["weights"] == weights and found["sample"]["dataset"] == "cifar10"
-    assert "process.png lacks its first row" in capsys.readouterr().out
-    refused(capsys, "--weights", "a", match="--channels: the checkpoint was trained with 128")
-    monkeypatch.setattr(torch.hub, "download_url_to_file", unreachable)
-    for words, match in (("--weights nobody/nothing", "cannot download .*: put it into .*nothing"),
-                         ("--weights a --resume", "leave out"), ("--weights b.bin", "missing"),
-                         ("--weights a --T 5", "--T: the checkpoint was trained with 1000")):
-        with pytest.raises(SystemExit):
-            ddpm.main(words.split())
-        assert re.search(match, capsys.readouterr().err)
-
-
-def unreachable(*args, **kwargs):
-    raise OSError("<urlopen error [Errno -3] Temporary failure in name resolution>")
-
-
-def test_published_weights_are_downloaded_once_in_either_format(folder, monkeypatch):
-    """A model of which the hub has the .bin alone."""
+    """From a folder, from a file, and from the hub, for a model of which it has the .bin alone."""
     state, urls = diffusers_state(UNet()), []
 
     def hub(url, path):
@@ -3243,13 +3159,33 @@ def test_published_weights_are_downloaded_once_in_either_format(folder, monkeypa
             raise OSError("HTTP Error 404: Not Found")
         torch.save(state, path)
 
+    torch.save(state, "weights.bin")
+    Path("a").mkdir()
+    write_safetensors(Path("a/diffusion_pytorch_model.safetensors"), state)
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(folder / "hub"))
     monkeypatch.setattr(torch.hub, "download_url_to_file", hub)
-    for _ in range(2):
-        loaded = unet.published("google/some-cifar10")
+    monkeypatch.setattr(ddpm, "ddpm_sample", lambda model, x_T, *a, record: model(x_T, 1 + 0 * x_T))
+    monkeypatch.setattr(ddpm, "eps_model", lambda net: lambda x, t: net(x, t[:, 0, 0, 0]))
+    for module, weights, words in (
+        (ddpm, "a", ""), (ddpm, "google/some-cifar10", ""), (ddim, "weights.bin", "--num-steps 2"),
+        (sde, "google/some-cifar10",
+         "--predictor euler_maruyama --corrector none --num-steps 21"),
+    ):
+        module.main(f"--weights {weights} --num-samples 1 --device cpu {words}".split())
+        out = f"runs/{module.SCRIPT}-{Path(weights).name}/sample"
+        assert [*pictures(f"{out}/images")] == ["000000.png"]
+        found = results(out, "sample")
+        assert found["weights"] == weights and found["dataset"] == "cifar10"
     start = "https://huggingface.co/google/some-cifar10/resolve/main/diffusion_pytorch_model"
-    assert urls == [f"{start}.safetensors", f"{start}.bin"]
-    assert torch.equal(loaded["ema"]["conv_in.weight"], state["conv_in.weight"])
+    assert urls == [f"{start}.safetensors", f"{start}.bin"]  # once
+    assert pictures("runs/ddpm-a") == pictures("runs/ddpm-some-cifar10")
+    assert "process.png lacks its first row" in capsys.readouterr().out
+    monkeypatch.setattr(torch.hub, "download_url_to_file", unreachable)
+    for words, match in (("nobody/nothing", "cannot download .*: put it into .*nothing"),
+                         ("a --resume", "leave out"), ("b.bin", "missing"),
+                         ("a --channels 8", "--channels: the checkpoint was trained with 128"),
+                         ("a --T 5", "--T: the checkpoint was trained with 1000")):
+        refused(capsys, f"--weights {words}", match=match, tiny=False)
 
 
 def test_gamma_of_published_weights_is_not_that_of_others(folder, monkeypatch):
@@ -3268,28 +3204,27 @@ def test_gamma_of_published_weights_is_not_that_of_others(folder, monkeypatch):
 
 
 def test_ncsn_settings_tasks_and_toy(take, calls):
-    run("--out", "new", "--levels", "0", "--steps", "2", module=ncsn)
+    run("--out new --levels 0 --steps 2", ncsn)
+    run("--out old --settings 2019 --steps 2", ncsn)
     new = results("new", "sample")
     assert new["sigma_max"] == pytest.approx(7.386, abs=0.01)
     assert new["levels"] == ncsn.scales_technique2(new["sigma_max"], 0.01, 256)
     assert new["evaluations"] == 2 * new["levels"] + 1
-    run("--out", "old", "--settings", "2019", "--steps", "2", module=ncsn)
     for name, levels, indices in (("new", new["levels"], {0}), ("old", 4, {0, 1, 2, 3})):
         calls.clear()
-        for task in ("sample", "inpaint")[: 1 if name == "new" else 2]:  # few levels are faster
-            ncsn.main(["--checkpoint", f"{name}/checkpoint.pt", "--task", task])
+        assert use(ncsn, name)["levels"] == levels
         assert times(calls) == indices
-        assert results(f"{name}/sample", "sample")["levels"] == levels
-    # 3 masks of 3 images; 6 completions
+    use(ncsn, "old", "inpaint")  # 3 masks of 3 images; 6 completions
+    assert times(calls) == {0, 1, 2, 3}
     assert size_of("old/inpaint/inpainting.png") == (8 * 50 + 2, 9 * 50 + 2)
-    old = load_state("old/checkpoint.pt")
+    old = load_state("old")
     assert equal(old["model"], old["ema"]) and old["settings"]["dequantize"]  # 2019: no EMA
     assert not old["settings"]["denoise"]
     ncsn.main("--dataset gmm --num-samples 2000 --T 10".split())
     share = results("runs/ncsn-gmm", "sample")["share_at_-5"]
     assert share["Langevin"] == pytest.approx(0.48, abs=0.05)
     assert {p.name for p in Path("runs/ncsn-gmm").iterdir()} == {"gmm.png", "results.json"}
-    run("--levels", "1", "--T", "3", "--out", "one", "--steps", "1", module=ncsn)
+    run("--levels 1 --T 3 --out one --steps 1", ncsn)
 
 
 # ---- 3. As a user: sliced score matching ---------------------------------------------------------
@@ -3297,28 +3232,26 @@ def test_ncsn_settings_tasks_and_toy(take, calls):
 
 def test_sliced_sm_trains_by_every_objective(take, calls, monkeypatch):
     take("sliced_sm")
+    calls.clear()  # if it was made here
     for task in ("sample", "test", "cost"):
-        sliced_sm.main(["--checkpoint", "sliced_sm/checkpoint.pt", "--task", task])
+        found = use(sliced_sm, "sliced_sm", task)
         x = calls[0].x
         assert task != "sample" or -1 <= x.min() < -0.99 < 0.99 < x.max() <= 1  # of U[0, 1]
         assert times(calls) == ({0} if task == "cost" else {0, 1, 2, 3})
+    costs = found["mlp_seconds"]
+    assert [row["d"] for row in costs] == [4, 16, 64] and costs[2]["sm"] > 5 * costs[2]["ssm-vr"]
     with monkeypatch.context() as patch:
         patch.setattr(UNet, "forward", lambda net, x, t: t.view(-1, 1, 1, 1) + 0 * x)
-        words = "--checkpoint sliced_sm/checkpoint.pt --task test --out known --num-test 20"
-        sliced_sm.main(words.split())
-    losses = results("known", "test")["dsm_loss"]
+        losses = use(sliced_sm, "sliced_sm", "test", "--out known --num-test 20")["dsm_loss"]
     assert losses == pytest.approx([0.5, 1, 2.5, 5], rel=0.1)  # (1 + (sigma s)^2) / 2, sigma s = i
     first = results("sliced_sm")
-    assert first["sample"]["objective"] == "ssm-vr"
-    assert len(first["test"]["dsm_loss"]) == 4 and first["test"]["n"] == 3
+    assert first["sample"]["objective"] == "ssm-vr" and first["test"]["n"] == 3
     assert sum(first["test"]["dsm_loss"]) / 4 == pytest.approx(0.5, abs=0.1)  # a score of 0
-    costs = results("sliced_sm/cost", "cost")["mlp_seconds"]
-    assert [row["d"] for row in costs] == [4, 16, 64] and costs[2]["sm"] > 5 * costs[2]["ssm-vr"]
     for objective in ("ssm", "dsm"):
-        run("--objective", objective, "--projection", "sphere", "--num-projections", "2",
-            "--steps", "2", "--out", objective, module=sliced_sm)
-    small = ("--dataset", "photos", "--image-size", "4", "--channel-mult", "1", "--steps", "1")
-    run("--objective", "sm", *small, "--out", "sm", module=sliced_sm)
+        words = f"--objective {objective} --projection sphere --num-projections 2 --steps 2"
+        run(f"{words} --out {objective}", sliced_sm)
+    small = "--dataset photos --image-size 4 --channel-mult 1 --steps 1"
+    run(f"--objective sm {small} --out sm", sliced_sm)
 
 
 def test_sliced_sm_with_one_level(folder, monkeypatch):
@@ -3330,7 +3263,7 @@ def test_sliced_sm_with_one_level(folder, monkeypatch):
 
     monkeypatch.setattr(sliced_sm, "noisy_score_matching", spy)
     for noise in ("0", "0.01"):
-        run("--levels", "1", "--T", "3", "--data-noise", noise, "--out", noise, module=sliced_sm)
+        run(f"--levels 1 --T 3 --data-noise {noise} --out {noise}", sliced_sm)
         assert results(noise, "loss")["n"] == 2 and results(noise, "sample")["evaluations"] == 3
         assert results(noise, "loss")["loss_mean"] == pytest.approx(0.01**2)  # sigma_L^2, per pixel
         assert noises == {float(noise)}
@@ -3339,22 +3272,22 @@ def test_sliced_sm_with_one_level(folder, monkeypatch):
 
 def test_the_toys(folder):
     def toy(out, words):
-        rest = f"--T 100 --ema-decay 0.99 --log-every 500 --lr 3e-3 --out {out} --dataset"
-        sliced_sm.main([*rest.split(), *words.split()])
+        rest = f"--T 100 --ema-decay 0.99 --log-every 500 --lr 3e-3 --out {out} --dataset {words}"
+        sliced_sm.main(rest.split())
 
     toy("toy", "gmm --steps 500")
     assert {p.name for p in Path("toy").iterdir()} == {
         "checkpoint.pt", "gmm.png", "log.jsonl", "results.json"}
     found = results("toy", "sample")
     assert found["inside"]["of_mean_square"] < 0.05 < found["outside"]["of_mean_square"]
-    sliced_sm.main(["--checkpoint", "toy/checkpoint.pt"])
-    assert Path("toy/gmm.png").read_bytes() == Path("toy/sample/gmm.png").read_bytes()
+    use(sliced_sm, "toy")
+    assert pictures("toy")["gmm.png"] == pictures("toy")["sample/gmm.png"]
     for objective in ("sm", "ssm", "dsm"):
         toy(objective, f"gmm --objective {objective} --steps 2")
-    toy("board", "checkerboard --steps 2")
-    assert size_of("board/checkerboard.png") == (3 * 326 + 2, 328)
     dsm, ssm = (log_lines(name)[0]["loss"] for name in ("dsm", "ssm"))  # of a score of about 0
     assert dsm == pytest.approx(0.5 / 0.3**2, rel=0.5) and abs(ssm) < 1
+    toy("board", "checkerboard --steps 2")
+    assert size_of("board/checkerboard.png") == (3 * 326 + 2, 328)
 
 
 def test_the_arrows_point_along_the_score():
@@ -3367,11 +3300,10 @@ def test_the_arrows_point_along_the_score():
 
 # ---- 3. As a user: D3PM --------------------------------------------------------------------------
 
-BOOK = "It was -- as ever -- a DARK night, and in 1887 the wind had\nno mercy: none at all! " * 50
-
 
 def test_d3pm_of_images(take, calls):
     take("d3pm")
+    calls.clear()  # if it was made here
     assert results("d3pm", "sample")["K"] == 5
     bits = results("d3pm", "bpd")["bits_per_dim"]
     assert bits["total"] == pytest.approx(bits["L_T"] + bits["L_t"] + bits["L_0"])
@@ -3381,7 +3313,7 @@ def test_d3pm_of_images(take, calls):
     for task in ("sample", "bpd", "infill"):
         few = f"--num-steps 4 --out {task}-4"
         for words, given in (("", set(range(20))), (few, {4, 9, 14, 19})):
-            d3pm.main(["--checkpoint", "d3pm/checkpoint.pt", "--task", task, *words.split()])
+            use(d3pm, "d3pm", task, words)
             assert not any(call.training or call.x.abs().max() > 1 for call in calls)
             found = times(calls)
             assert found == given if task != "infill" else found <= given
@@ -3389,16 +3321,14 @@ def test_d3pm_of_images(take, calls):
     assert results("sample-4", "sample")["evaluations"] == 4
     assert size_of("d3pm/infill/infill.png") == (5 * 50 + 2, 6 * 50 + 2)
     for head in ("logistic", "residual"):
-        words = f"--dataset photos --image-size 8 --head {head} --out {head} --T 4".split()
-        run(*words, module=d3pm)
+        run(f"--dataset photos --image-size 8 --head {head} --out {head} --T 4", d3pm)
         assert Image.open(f"{head}/images/000000.png").mode == "RGB"
     assert results("logistic", "sample")["K"] == 256
 
 
 @pytest.mark.parametrize("transition", TRANSITIONS)
 def test_d3pm_of_a_text(folder, transition):
-    Path("book.txt").write_text(BOOK)
-    run("--dataset", "book.txt", "--out", "run", "--transition", transition, module=d3pm)
+    run(f"--dataset book.txt --out run --transition {transition}", d3pm)
     names = {"checkpoint.pt", "log.jsonl", "process.txt", "results.json", "samples.txt"}
     assert {p.name for p in Path("run").iterdir()} == names
     texts = Path("run/samples.txt").read_text().split("\n\n")
@@ -3413,7 +3343,7 @@ def test_d3pm_of_a_text(folder, transition):
     if transition == "absorbing":
         assert forward[-1] == f"   20  {16 * '_'}" == reverse[0]
         assert reverse[-1].startswith("    0  ")
-        d3pm.main("--checkpoint run/checkpoint.pt --task infill".split())
+        use(d3pm, "run", "infill")
         parts = Path("run/infill/infill.txt").read_text()[:-1].split("\n\n")
         assert len(parts) == 6  # two masks of three texts
         for given, *texts in (part.split("\n") for part in parts):
@@ -3422,13 +3352,13 @@ def test_d3pm_of_a_text(folder, transition):
                 assert all(a in ("_", b) for a, b in zip(given, text, strict=True))
                 assert "_" not in text
     Path("book.txt").unlink()  # samples need no text
-    d3pm.main("--checkpoint run/checkpoint.pt".split())
+    use(d3pm, "run")
     assert Path("run/sample/samples.txt").read_text() == Path("run/samples.txt").read_text()
 
 
 def test_text_is_folded_and_split(folder):
-    Path("book.txt").write_text("Ab\n9z " + "q" * 5000 + "xyz!")
-    args = parse(d3pm, "--dataset", "book.txt", "--length", "10")
+    Path("short.txt").write_text("Ab\n9z " + "q" * 5000 + "xyz!")
+    args = parse(d3pm, "--dataset", "short.txt", "--length", "10")
     train, test = d3pm.load_text(args, train=True), d3pm.load_text(args, train=False)
     assert train.dtype == torch.uint8 and train[:5].tolist() == [0, 1, 26, 25, 26]
     assert test[-4:].tolist() == [23, 24, 25, 26] and d3pm.to_text(train[:5]) == "ab z "
@@ -3441,52 +3371,53 @@ def test_text_is_folded_and_split(folder):
 
 
 def test_text8_is_downloaded_once(folder, monkeypatch, capsys):
-    text, urls = "the quick brown fox " * 100, []
+    urls = []
 
     def download(url, path):
         urls.append(url)
         with zipfile.ZipFile(path, "w") as archive:
-            archive.writestr("text8", text)
+            archive.writestr("text8", "the quick brown fox " * 100)
         return path, None
 
     monkeypatch.setattr(d3pm.urllib.request, "urlretrieve", download)
     for out in ("one", "two"):
-        run("--dataset", "text8", "--out", out, module=d3pm)
+        run(f"--dataset text8 --out {out} --steps 1", d3pm)
     assert urls == ["http://mattmahoney.net/dc/text8.zip"]
     assert {p.name for p in Path("data").iterdir()} == {"text8.zip"}
-    loaded = load_state("one/checkpoint.pt")["settings"]
-    assert loaded["transition"] == "absorbing" and loaded["hybrid"] == 0.01
     monkeypatch.setattr(d3pm.urllib.request, "urlretrieve", unreachable)
-    words = ("--dataset", "text8", "--out", "x", "--data-dir", "new")
-    refused(capsys, *words, match="new/text8.zip or download it", module=d3pm)
+    words = "--dataset text8 --out x --data-dir new"
+    refused(capsys, words, d3pm, "new/text8.zip or download it")
     Path("new/text8.zip").write_bytes(b"half a zip")
-    refused(capsys, *words, match="not a zip file", module=d3pm)
+    refused(capsys, words, d3pm, "not a zip file")
 
 
-def test_multinomial_settings(folder):
-    Path("book.txt").write_text(BOOK)
+def test_multinomial_diffusion(folder):
     for dataset in ("digits", "book.txt"):
-        run("--method", "multinomial", "--dataset", dataset, "--out", dataset + ".run", module=d3pm)
-        loaded = load_state(f"{dataset}.run/checkpoint.pt")["settings"]
-        assert loaded["transition"] == "uniform" and loaded["hybrid"] == 0
-    args = parse(d3pm, *"--dataset text8 --method multinomial".split())
-    assert (args.width, args.batch_size, args.ema_decay) == (512, 32, 0)
-    args = parse(d3pm, *"--dataset text8 --transition uniform".split())
-    assert (args.hybrid, args.batch_size) == (0, 512)
-    assert parse(d3pm, "--transition", "auto").transition == "absorbing"
+        run(f"--method multinomial --dataset {dataset} --out run-{dataset}", d3pm)
+        saved = load_state(f"run-{dataset}")["settings"]
+        assert saved["transition"] == "uniform" and saved["hybrid"] == 0
+
+
+@pytest.mark.parametrize(("words", "expected"), [
+    ("--dataset text8", ("absorbing", 0.01, 512, 0)),
+    ("--dataset text8 --transition auto", ("absorbing", 0.01, 512, 0)),
+    ("--dataset text8 --method multinomial", ("uniform", 0, 32, 0)),
+    ("--dataset text8 --transition uniform", ("uniform", 0, 512, 0)),
+])
+def test_settings_of_text8(words, expected):
+    args = parse(d3pm, *words.split())
+    assert (args.transition, args.hybrid, args.batch_size, args.ema_decay) == expected
+    assert args.width == (512 if "multinomial" in words else 768)
 
 
 def test_a_checkpoint_of_a_text_keeps_what_was_trained(folder, capsys):
-    Path("book.txt").write_text(BOOK)
-    run("--dataset", "book.txt", "--out", "run", module=d3pm)
+    run("--dataset book.txt --out run", d3pm)
     for words, match in (("--width 16", "trained with 8"), ("--transition uniform", "absorbing"),
                          ("--length 8", "trained with 16"),
                          ("--dataset digits", "checkpoint is of text")):
-        words = f"--checkpoint run/checkpoint.pt {words}"
-        refused(capsys, *words.split(), module=d3pm, match=match)
+        refused(capsys, f"--checkpoint run/checkpoint.pt {words}", d3pm, match)
     shutil.copy("book.txt", "other.txt")
-    d3pm.main("--checkpoint run/checkpoint.pt --task bpd --dataset other.txt".split())
-    assert results("run/bpd", "bpd")["n"] == 3
+    assert use(d3pm, "run", "bpd", "--dataset other.txt")["n"] == 3
 
 
 # ---- 3. As a user: score-based SDEs --------------------------------------------------------------
@@ -3498,10 +3429,8 @@ def test_every_task_of_sde(take):
     assert first["sample"]["N"] == 6 and first["bpd"]["t_min"] == 1e-5
     assert first["bpd"]["n"] == 3 and first["bpd"]["standard_error"] > 0
 
-    def task(name, *words):
-        checkpoint = ["--checkpoint", "sde/checkpoint.pt", "--sample-batch-size", "500"]
-        sde.main([*checkpoint, "--task", name, *words])
-        return results(f"sde/{name}", name)
+    def task(name, words=""):
+        return use(sde, "sde", name, f"--sample-batch-size 500 {words}")
 
     table = task("samplers")["table"]
     assert len(table) == 15  # 5 predictors x 3 correctors without the empty pair, and the ODE
@@ -3509,31 +3438,29 @@ def test_every_task_of_sde(take):
     assert size_of("sde/samplers/samplers.png")[1] == 15 * 50 + 2
     assert task("interpolate")["n"] == 8
     assert size_of("sde/interpolate/interpolation.png") == (13 * 50 + 2, 8 * 50 + 2)
-    inpainted = task("inpaint", "--snr", "0.3", "--control-snr", "0.2")
+    inpainted = task("inpaint", "--snr 0.3 --control-snr 0.2")
     assert inpainted["snr"] == 0.2 and inpainted["evaluations"] == 3 * 13
     assert size_of("sde/inpaint/inpainting.png") == (8 * 50 + 2, 12 * 50 + 2)
-    drawn = task("class", "--num-samples", "11", "--sample-batch-size", "9")
+    drawn = task("class", "--num-samples 11 --sample-batch-size 9")
     assert load_state("sde/class/classifier.pt")["step"] == 3 and len(drawn["t_accuracy"]) == 7
-    assert drawn["n"] == 20 and len(list(Path("sde/class/images").iterdir())) == 20
+    assert drawn["n"] == len(pictures("sde/class/images")) == 20
     assert size_of("sde/class/classes.png") == (7 * len("3 - three") + 2 * 50 + 2, 502)
-    sde.main("--checkpoint sde/checkpoint.pt --predictor ode --out ode".split())
-    by_ode = results("ode", "sample")
+    by_ode = use(sde, "sde", words="--predictor ode --out ode")
     assert by_ode["tolerance"] == 0.1 and by_ode["evaluations"] < 6 * 15  # not the record's
     assert size_of("ode/process.png") == (16 * 50 + 2, 3 * 50 + 2)
 
 
 @pytest.mark.parametrize("name", ["ve", "subvp"])
 def test_other_sdes_train_and_sample(folder, name):
-    run("--sde", name, "--out", "run", "--dataset", "photos", "--image-size", "8", module=sde)
-    args = load_state("run/checkpoint.pt")["settings"]
+    run(f"--sde {name} --out run --dataset photos --image-size 8", sde)
     if name == "ve":
-        images = load("photos", 8)[1][0].flatten(1) / 255
+        args, images = load_state("run")["settings"], load("photos", 8)[1][0].flatten(1) / 255
         assert args["sigma_max"] == pytest.approx(torch.cdist(images, images).max().item())
         assert args["snr"] == 0.16 and args["predictor"] == "reverse_diffusion"
     assert Image.open("run/images/000000.png").mode == "RGB"
-    sde.main("--checkpoint run/checkpoint.pt --task colorize".split())
+    use(sde, "run", "colorize")
     assert size_of("run/colorize/colorization.png") == (8 * 50 + 2, 2 * 50 + 2)
-    sde.main("--checkpoint run/checkpoint.pt --task bpd".split())
+    use(sde, "run", "bpd")
 
 
 def test_networks_of_the_paper_get_their_times(folder):
@@ -3553,30 +3480,27 @@ def test_networks_of_the_paper_get_their_times(folder):
     torch.testing.assert_close(score(x, t), (1 / sigma).view(2, 1, 1, 1).expand(2, 1, 2, 2))
     torch.testing.assert_close(seen[0], 2 * x - 1)
     torch.testing.assert_close(seen[1], sigma.log())
-    for name, words in (("ddpm++", "--sde subvp"), ("ncsn++", "--sde ve")):
-        run("--network", name, *words.split(), "--image-size", "8", "--channel-mult", "1", "2",
-            "--out", name, module=sde)
-        sde.main(["--checkpoint", f"{name}/checkpoint.pt"])
-        image = "images/000002.png"
-        assert Path(name, image).read_bytes() == Path(name, "sample", image).read_bytes()
+    for name, of in (("ddpm++", "subvp"), ("ncsn++", "ve")):
+        run(f"--network {name} --sde {of} --image-size 8 --channel-mult 1 2 --out {name}", sde)
+        use(sde, name)
+        assert pictures(f"{name}/images") == pictures(f"{name}/sample/images")
 
 
 def test_sde_gives_the_network_its_times(take, calls):
     take("sde", "ddpm")  # of ddpm: T = 20, beta from 0.008 to 0.04
+    calls.clear()
     for name, first, last in (("sde", 999, 0.999), ("ddpm", 19, 0)):
-        words = f"--checkpoint {name}/checkpoint.pt --num-steps 6 --sample-batch-size 2"
-        words += f" --corrector-steps 1 --num-samples 3 --out {name}/new"
-        sde.main(words.split())
+        words = "--num-steps 6 --corrector-steps 1 --num-samples 3 --sample-batch-size 2"
+        use(sde, name, words=f"{words} --out {name}/new")
         assert calls[0].t.tolist() == pytest.approx([first] * 2)
         assert calls[-1].t.tolist() == pytest.approx([last], abs=1e-5)
         calls.clear()
-        sde.main(f"--checkpoint {name}/checkpoint.pt --task bpd --tolerance 0.1".split())
+        bits = use(sde, name, "bpd", "--tolerance 0.1")
         low = 0.00999 if name == "sde" else 0  # t = 1e-5, 1 / T
         assert min(times(calls)) == pytest.approx(low, abs=1e-5)
-    assert results("ddpm/bpd", "bpd")["t_min"] == 0.05 and results("ddpm/bpd", "bpd")["step"] == 4
+    assert bits["t_min"] == 0.05 and bits["step"] == 4  # of ddpm
     for task in ("samplers", "interpolate", "inpaint"):
-        words = f"--task {task} --num-steps 2 --tolerance 0.1 --sample-batch-size 99"
-        sde.main(["--checkpoint", "ddpm/checkpoint.pt", *words.split()])
+        use(sde, "ddpm", task, "--num-steps 2 --tolerance 0.1 --sample-batch-size 99")
 
 
 @pytest.mark.parametrize("name", ["sde", "ddpm"])
@@ -3591,7 +3515,7 @@ def test_samples_of_the_ode_are_denoised_only_for_a_network_of_ddpm(take, name, 
         return x_T * 0 + 0.5, 1
 
     monkeypatch.setattr(sde, "ode_sample", solver)
-    sde.main(f"--checkpoint {name}/checkpoint.pt --predictor ode --out ode".split())
+    use(sde, name, words="--predictor ode --out ode")
     square = math.exp(-0.05 * 20 * 0.008 - 0.5 * 0.05**2 * 20 * 0.032)  # of x_0's factor
     x = 0.5 if name == "sde" else (0.5 - (1 - square) ** 0.5) / square**0.5
     pixels = np.unique(np.array(Image.open("ode/images/000000.png")))
@@ -3611,40 +3535,39 @@ def test_the_score_is_minus_the_noise_by_its_deviation(take, monkeypatch, capsys
         return sample(score, process, x_T, **options)
 
     monkeypatch.setattr(sde, "pc_sample", spy)
-    sde.main("--checkpoint sde/checkpoint.pt --out new".split())
+    use(sde, "sde")
     assert torch.cat(scores).tolist() == pytest.approx([-1.0] * len(scores), rel=1e-5)
     monkeypatch.setattr(UNet, "forward", lambda net, x, t: x * math.nan)  # no solver follows it
-    refused(capsys, "--checkpoint", "sde/checkpoint.pt", "--task", "bpd", module=sde,
-            match="gave up at t = 1e-05")
+    refused(capsys, "--checkpoint sde/checkpoint.pt --task bpd", sde, "gave up at t = 1e-05")
 
 
 def test_classifiers_and_score_networks_are_not_mixed_up(folder, capsys):
-    photos = "--dataset photos --image-size 8 --out".split()
-    run(*photos, "run", module=sde)
-    words = "--checkpoint run/checkpoint.pt --task class --num-samples 2".split()
-    sde.main([*words, "--classifier-steps", "3", "--out", "half"])
-    state, before = load_state("half/classifier.pt"), snapshot(Path("half"))
-    assert state["step"] == 3 and state["settings"]["classes"] == ("cat", "dog")
-    sde.main([*words, "--classifier-steps", "3", "--out", "half"])  # the same command again
+    photos = "--dataset photos --image-size 8 --out"
+    run(f"{photos} run", sde)
+    words = "--classifier-steps 3 --num-samples 2 --out half"
+    use(sde, "run", "class", words)
     path = Path("half/classifier.pt")
-    assert before[path] == snapshot(Path("half"))[path]
-    sde.main([*words, "--classifier", "half/classifier.pt", "--out", "other"])
+    state, before = load_state(path), snapshot("half")[path]
+    assert state["step"] == 3 and state["settings"]["classes"] == ("cat", "dog")
+    use(sde, "run", "class", words)  # the same command again
+    assert before == snapshot("half")[path]
+    use(sde, "run", "class", "--num-samples 2 --classifier half/classifier.pt --out other")
     assert not Path("other/classifier.pt").exists()
-    run("--sde", "subvp", *photos, "subvp", module=sde)
+    run(f"--sde subvp {photos} subvp", sde)
     for words, match in (
-        ("--checkpoint half/classifier.pt --out x", "weights do not fit its settings"),
-        ("--checkpoint run/checkpoint.pt --task class --classifier run/checkpoint.pt --out y",
+        ("half/classifier.pt --out x", "weights do not fit its settings"),
+        ("run/checkpoint.pt --task class --classifier run/checkpoint.pt --out y",
          "weights do not fit its settings"),
-        ("--checkpoint subvp/checkpoint.pt --task class --classifier half/classifier.pt --out z",
+        ("subvp/checkpoint.pt --task class --classifier half/classifier.pt --out z",
          "trained with another sde"),
     ):
-        refused(capsys, *words.split(), module=sde, match=match)
+        refused(capsys, f"--checkpoint {words}", sde, match)
 
 
 def test_a_classifier_that_was_interrupted_continues(folder):
     """Half of its steps, then all: the same weights as in one go."""
-    run("--dataset", "photos", "--image-size", "8", "--out", "run", module=sde)
-    words = "--checkpoint run/checkpoint.pt --task class --num-samples 2 --save-every 2 --out"
+    run("--dataset photos --image-size 8 --out run", sde)
+    words = "--num-samples 2 --save-every 2 --classifier-steps 5 --out"
     save = sde.save_checkpoint
 
     def killed(path, state):
@@ -3654,10 +3577,10 @@ def test_a_classifier_that_was_interrupted_continues(folder):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sde, "save_checkpoint", killed)
         with pytest.raises(KeyboardInterrupt):
-            sde.main([*words.split(), "parts", "--classifier-steps", "5"])
+            use(sde, "run", "class", f"{words} parts")
     assert load_state("parts/classifier.pt")["step"] == 2
     for out in ("parts", "whole"):
-        sde.main([*words.split(), out, "--classifier-steps", "5"])
+        use(sde, "run", "class", f"{words} {out}")
     parts, whole = (load_state(f"{out}/classifier.pt") for out in ("parts", "whole"))
     assert parts["step"] == 5
     assert all(equal(parts[key], whole[key]) for key in ("model", "ema", "optimizer"))
@@ -3736,27 +3659,23 @@ def test_docstring_lists_the_equations_of_the_method(name):
     if name != "ddpm":  # what it takes over from DDPM has DDPM's numbers
         method = method.replace(definitions(name).get("Schedule", "no such class"), "")
     assert numbers(listed) == numbers(method)
-    lines = (ROOT / f"{name}.py").read_text().splitlines()
-    tagged = [i for i, line in enumerate(lines, 1) if re.search(r"# (\w+ )?Eq\.|# SSM,", line)]
-    assert tagged[0] <= 85
+    before_the_first = re.split(r"# (?:\w+ )?Eq\.|# SSM,", (ROOT / f"{name}.py").read_text())[0]
+    assert before_the_first.count("\n") < 85
     assert 20 <= len(docstring.splitlines()) <= 30
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_the_method_needs_torch_alone(name):
     """Cut out, it runs under nothing but torch and the standard library."""
-    heading = "import math\nimport torch\nimport torch.nn.functional as F\n"
-    heading += "from itertools import pairwise\n"
-    names = {}
-    exec(compile(heading + parts(name)[1], f"{name}.py", "exec"), names)  # decorators run, too
-    loaded = {node.id for node in ast.walk(ast.parse(parts(name)[1])) if isinstance(node, ast.Name)}
-    known = names.keys() | set(dir(__builtins__)) | set(__builtins__)
-    local = {node.arg for node in ast.walk(ast.parse(parts(name)[1])) if isinstance(node, ast.arg)}
-    stored = {node.id for node in ast.walk(ast.parse(parts(name)[1]))
-              if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
-    inner = {node.name for node in ast.walk(ast.parse(parts(name)[1]))
-             if isinstance(node, ast.FunctionDef)}
-    assert loaded <= known | local | stored | inner, loaded - known - local - stored - inner
+    method, known = parts(name)[1], {"math": math, "torch": torch, "F": F, "pairwise": pairwise}
+    exec(compile(method, f"{name}.py", "exec"), known)  # decorators run, too
+    nodes = list(ast.walk(ast.parse(method)))
+    local = {node.arg for node in nodes if isinstance(node, ast.arg)}
+    local |= {node.name for node in nodes if isinstance(node, ast.FunctionDef)}
+    names = [node for node in nodes if isinstance(node, ast.Name)]
+    local |= {node.id for node in names if isinstance(node.ctx, ast.Store)}
+    unknown = {node.id for node in names} - known.keys() - local - set(dir(builtins))
+    assert not unknown
 
 
 def commands(text):
