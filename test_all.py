@@ -2728,6 +2728,8 @@ def test_folders_give_splits_and_classes(tmp_path, paths, test, classes):
         assert len(images) == len(expected) and images.shape[1:] == (3, 8, 4)
         found = {paths[x[0, 0, 0]]: k for x, k in zip(images, labels.tolist(), strict=True)}
         assert found == {path: number[path] for path in expected}
+    order = classes[::-1]  # a checkpoint's stays
+    assert load(tmp_path, 8, classes=order)[0].classes == order
 
 
 def test_a_classifier_tells_solid_colours_apart(folder, capsys):
@@ -2767,6 +2769,12 @@ def test_what_is_read_from_a_folder(folder, capsys, monkeypatch):
     assert Path("runs/ddpm-many/checkpoint.pt").exists()
     _, (images, _), (test, _) = load(".", 8)  # not the run's own samples
     assert len(images) + len(test) == 12
+
+    def closed(path):
+        raise PermissionError(13, "Permission denied", path)
+
+    monkeypatch.setattr(os, "scandir", closed)
+    refused(capsys, "--dataset .. --out x", match="Permission denied: '..'")
 
 
 def test_colour_is_decided_over_both_splits(tmp_path):
