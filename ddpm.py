@@ -538,7 +538,7 @@ def setup(run):
 def load_folder(run):
     """As load_images, for the images below a folder; no training images unless run.needs_data. Sets
     run.unlabelled: the images in no class's folder."""
-    root, (H, W), files, errors, grey = Path(run.dataset), run.image_size, [], [], []
+    root, (H, W), files, errors = Path(run.dataset), run.image_size, [], []
     for folder, inner, names in os.walk(root, onerror=fail, followlinks=True):
         here = Path(folder)
         if "results.json" in names and here != root:  # a run folder
@@ -546,30 +546,30 @@ def load_folder(run):
         inner[:] = [name for name in inner if not re.match(SKIPPED, name) and not
                     here.resolve().is_relative_to((here / name).resolve())]  # a loop of links
         files += [here.relative_to(root) / name for name in names if not re.match(SKIPPED, name)]
-    tops = {path: path.parts[0].lower() for path in files if path.suffix.lower() in IMAGE_TYPES}
-    test = [name for name in ("test", "val", "valid", "validation") if name in tops.values()][:1]
-    split = bool(test) and "train" in tops.values()
+    top = {path: path.parts[0].lower() for path in files if path.suffix.lower() in IMAGE_TYPES}
+    tests = [name for name in ("test", "val", "valid", "validation") if name in top.values()]
+    split = bool(tests) and "train" in top.values()
     if split:
-        rows = [(top in test, path) for path, top in tops.items() if top in ("train", *test)]
+        train, test = ([path for path in top if top[path] == name] for name in ("train", tests[0]))
     else:  # by a hash of the path: adding a file moves no other
-        keys = {path: zlib.crc32(path.as_posix().encode()) for path in tops}
-        least = min(keys, key=lambda path: (keys[path] % 10 > 0, keys[path]), default=None)
-        rows = [(keys[path] % 10 == 0 or path == least, path) for path in tops]
-    if len(rows) < len(files):
-        report(f"{root}: {len(files) - len(rows)} other files are left out")
-    if all(for_test for for_test, _ in rows):
-        raise ValueError(f"{root} has {len(rows)} images ({' '.join(IMAGE_TYPES)}): add some more")
-    class_of = {path: (*path.parts[split:-1], "")[0] for _, path in rows}
+        key = {path: zlib.crc32(path.as_posix().encode()) for path in top}
+        test = [path for path in top if key[path] % 10 == 0] or sorted(top, key=key.get)[:1]
+        train = top.keys() - test
+    if not train:
+        raise ValueError(f"{root} has {len(test)} images ({' '.join(IMAGE_TYPES)}): add some more")
+    if len(train) + len(test) < len(files):
+        report(f"{root}: {len(files) - len(train) - len(test)} other files are left out")
+    class_of = {path: (*path.parts[split:-1], "")[0] for path in (*train, *test)}
     run.classes = run.classes or tuple(sorted({*class_of.values()} - {""}))
-    rows = sorted(row for row in rows if row[0] or run.needs_data)  # training images come first
-    run.unlabelled = [str(root / path) for _, path in rows if class_of[path] not in run.classes]
+    paths = sorted(train if run.needs_data else []) + sorted(test)
+    run.unlabelled = [str(root / path) for path in paths if class_of[path] not in run.classes]
     number = {name: i for i, name in enumerate(run.classes)}
-    labels = torch.tensor([number.get(class_of[path], -1) for _, path in rows])
+    labels = torch.tensor([number.get(class_of[path], -1) for path in paths])
     mode = "L" if run.image_channels == 1 else "RGB"
-    images = torch.empty(len(rows), len(mode), H, W, dtype=torch.uint8)
+    images = torch.empty(len(paths), len(mode), H, W, dtype=torch.uint8)
 
     def read(i):
-        file = root / rows[i][1]
+        file = root / paths[i]
         try:
             image = Image.open(file)
             if image.mode[0] in "IF":
@@ -580,19 +580,18 @@ def load_folder(run):
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             images[i] = pil_to_tensor(ImageOps.fit(image.convert(mode), (W, H)))
-            grey.append(torch.equal(images[i, :1].expand_as(images[i]), images[i]))
         except Exception as error:  # whatever a broken file makes a decoder raise
             errors.append(f"{file}: {error}")
 
     Image.MAX_IMAGE_PIXELS = None  # these limits are for servers: here the user chose the files
     PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**30
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:  # more would wait for Python
-        list(pool.map(read, range(len(rows))))
+        list(pool.map(read, range(len(paths))))
     if errors:
-        raise ValueError(f"{len(errors)} of {len(rows)} images cannot be read: {min(errors)}")
-    if all(grey) and not run.image_channels:
-        images = images[:, :1].clone()
-    n = sum(not for_test for for_test, _ in rows)
+        raise ValueError(f"{len(errors)} of {len(paths)} images cannot be read: {min(errors)}")
+    if not run.image_channels and torch.equal(images[:, :1].expand_as(images), images):
+        images = images[:, :1].clone()  # all are grey
+    n = len(paths) - len(test)
     return (images[:n], labels[:n]), (images[n:], labels[n:])
 
 
