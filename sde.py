@@ -41,7 +41,6 @@ import sys
 import time
 import zipfile
 import zlib
-from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -1006,13 +1005,14 @@ def load_folder(run):
     labels = torch.tensor([number.get(class_of[path], -1) for path in paths])
     mode = "L" if run.image_channels == 1 else "RGB"
     images = torch.empty(len(paths), len(mode), H, W, dtype=torch.uint8)
-
-    def read(i):
-        file = root / paths[i]
+    Image.MAX_IMAGE_PIXELS = None  # these limits are for servers: here the user chose the files
+    PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**30
+    for i, path in enumerate(paths):
         try:
-            image = Image.open(file)
+            image = Image.open(root / path)
             if image.mode[0] in "IF":
                 raise ValueError("more than 8 bits per channel: convert it to 8")
+            image.draft(None, (4 * max(H, W), 4 * max(H, W)))  # faster: JPEG's own coarser sizes
             with contextlib.suppress(Exception):  # ignore a broken EXIF block
                 image = ImageOps.exif_transpose(image)
             if image.has_transparency_data:
@@ -1020,14 +1020,9 @@ def load_folder(run):
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             images[i] = pil_to_tensor(ImageOps.fit(image.convert(mode), (W, H)))
         except Exception as error:  # whatever a broken file makes a decoder raise
-            errors.append(f"{file}: {error}")
-
-    Image.MAX_IMAGE_PIXELS = None  # these limits are for servers: here the user chose the files
-    PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**30
-    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:  # more would wait for Python
-        list(pool.map(read, range(len(paths))))
+            errors.append(f"{root / path}: {error}")
     if errors:
-        raise ValueError(f"{len(errors)} of {len(paths)} images cannot be read: {min(errors)}")
+        raise ValueError(f"{len(errors)} of {len(paths)} images cannot be read: {errors[0]}")
     if not run.image_channels and torch.equal(images[:, :1].expand_as(images), images):
         images = images[:, :1].clone()  # all are grey
     n = len(paths) - len(test)
