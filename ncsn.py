@@ -621,9 +621,8 @@ def load_folder(run):
             image.draft(None, (4 * max(H, W), 4 * max(H, W)))  # faster: JPEG's own coarser sizes
             with contextlib.suppress(Exception):  # ignore a broken EXIF block
                 image = ImageOps.exif_transpose(image)
-            if image.has_transparency_data:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             images[i] = pil_to_tensor(ImageOps.fit(image.convert(mode), (W, H)))
         except Exception as error:  # whatever a broken file makes a decoder raise
             errors.append(f"{root / path}: {error}")
