@@ -462,7 +462,7 @@ def report(line):
 
 
 def fail(message):
-    print(f"{SCRIPT}.py: error: {' '.join(str(message).split())}", file=sys.stderr)
+    print(f"{SCRIPT}.py: error:", str(message).partition("\n")[0], file=sys.stderr)
     sys.exit(2)
 
 
@@ -474,12 +474,10 @@ def one_line_errors():
     try:
         yield
     except (ValueError, OSError, RuntimeError) as error:
-        for pattern, advice in ADVICE.items():
-            if re.search(pattern, str(error)):
-                fail(f"{advice} ({str(error).splitlines()[0]})")
-        if isinstance(error, RuntimeError):
+        advice = [text for pattern, text in ADVICE.items() if re.search(pattern, str(error))]
+        if isinstance(error, RuntimeError) and not advice:
             raise
-        fail(error)
+        fail(": ".join([*advice, str(error)]))
 
 
 def seed_all(*key):
@@ -558,7 +556,7 @@ def setup(run):
         run.device = torch.device(name)
         torch.zeros(1, device=run.device).item()
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"no device {name} here: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"no device {name} here: {error}") from error
     backend = {"backend": "gloo"}
     if run.device.type == "cuda":
         backend = {"backend": "nccl", "device_id": run.device}
