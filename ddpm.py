@@ -661,8 +661,6 @@ def save_checkpoint(path, state):
 def load_checkpoint(path, methods):
     """The checkpoint, on the CPU. weights_only keeps a hostile file from running code; torch.load
     accepts a flipped byte, the archive's checksums do not."""
-    if not Path(path).is_file():
-        raise ValueError(f"there is no checkpoint {path}")
     try:
         with zipfile.ZipFile(path) as archive:
             headers = [(r.file_size - r.compress_size, r.external_attr) for r in archive.infolist()]
@@ -671,8 +669,8 @@ def load_checkpoint(path, methods):
         state = torch.load(path, map_location="cpu", weights_only=True)
         method, _, _ = state["method"], state["ema"], state["settings"]["dataset"]
     except Exception as error:  # whatever a damaged file makes zipfile and the unpickler raise
-        raise ValueError(f"cannot read the checkpoint {path}: truncated, damaged, written by an "
-                         "older version or not by these scripts") from error
+        raise ValueError(f"cannot read the checkpoint {path}: missing, truncated, damaged, written "
+                         f"by an older version or not by these scripts: {error}") from error
     if method not in methods:
         raise ValueError(f"{path} is a checkpoint of {method}.py, not of {' or '.join(methods)}.py")
     return state
