@@ -707,6 +707,7 @@ def train_classifier(run):
     net = Classifier(run.image_channels, len(run.classes), **run.unet)
     classify = classifier_model(prepare(job, net), run.process)
     if not run.classifier:
+        save_results(run, arguments=run.arguments)  # the same command will continue
         fit(net, lambda images, labels: classifier_loss(
             classify, training_images(run, images), labels, run.process), run.data, job)
     return classify
@@ -1257,8 +1258,6 @@ def save_results(run, **entries):
 def do_tasks(run, tasks, also=()):
     """Do run.task and, after training for `sample`, the tasks `also`; what they return goes into
     results.json, with what it takes to repeat them."""
-    if run.checkpoint:  # the same command will continue
-        save_results(run, arguments=run.arguments)
     for name in (run.task, *(also if run.task == "sample" and not run.checkpoint else ())):
         seed_all(run.seed, name)
         start = time.time()
@@ -1267,7 +1266,7 @@ def do_tasks(run, tasks, also=()):
                     "dataset": run.dataset, "classes": run.classes, "seed": run.seed,
                     "torch": torch.__version__, "torchvision": torchvision.__version__,
                     "date": time.strftime("%Y-%m-%d"), "seconds": round(time.time() - start, 1)}
-        save_results(run, **{name: measured})
+        save_results(run, **{name: measured}, arguments=run.arguments)
     if WORLD > 1:
         dist.destroy_process_group()
     report(f"{run.out} holds {', '.join(sorted(file.name for file in run.out.iterdir()))}")

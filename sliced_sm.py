@@ -964,8 +964,6 @@ def save_results(run, **entries):
 def do_tasks(run, tasks, also=()):
     """Do run.task and, after training for `sample`, the tasks `also`; what they return goes into
     results.json, with what it takes to repeat them."""
-    if run.checkpoint:  # the same command will continue
-        save_results(run, arguments=run.arguments)
     for name in (run.task, *(also if run.task == "sample" and not run.checkpoint else ())):
         seed_all(run.seed, name)
         start = time.time()
@@ -974,7 +972,7 @@ def do_tasks(run, tasks, also=()):
                     "dataset": run.dataset, "classes": run.classes, "seed": run.seed,
                     "torch": torch.__version__, "torchvision": torchvision.__version__,
                     "date": time.strftime("%Y-%m-%d"), "seconds": round(time.time() - start, 1)}
-        save_results(run, **{name: measured})
+        save_results(run, **{name: measured}, arguments=run.arguments)
     if WORLD > 1:
         dist.destroy_process_group()
     report(f"{run.out} holds {', '.join(sorted(file.name for file in run.out.iterdir()))}")
