@@ -783,7 +783,7 @@ def save_grid(images, path, columns, labels=()):
 def save_images(draw, run):
     """Make images/NNNNNN.png of draw(first, n, record) -> (n, C, H, W) uint8, in batches: functions
     of (seed, first), so that processes share them and what exists is not drawn again. Returns at
-    most 100 images, and the states of the first batch if this call drew it."""
+    most 100 images, and in the first process the states of the first batch."""
     folder, record = run.out / "images", []
     if RANK == 0 and run.results.get("arguments") != run.arguments:
         shutil.rmtree(folder, ignore_errors=True)  # they are images of other settings
@@ -792,8 +792,7 @@ def save_images(draw, run):
     files = [folder / f"{i:06d}.png" for i in range(run.num_samples)]
     for first in range(0, run.num_samples, run.sample_batch_size)[RANK::WORLD]:
         batch = files[first : first + run.sample_batch_size]
-        done = batch if first else [*batch, run.out / "process.png"]
-        if not all(file.exists() for file in done):
+        if first == 0 or not all(file.exists() for file in batch):  # the first is recorded
             seed_all(run.seed, "batch", first)
             images = draw(first, len(batch), None if first else record).cpu()
             for image, file in zip(images, batch, strict=True):
