@@ -816,11 +816,10 @@ def save_grid(images, path, columns, labels=()):
     """uint8 images (N, C, H, W) as one PNG, small ones enlarged; labels: a text beside each row."""
     images = nn.functional.interpolate(images.cpu(), scale_factor=max(1, 48 // images.shape[3]))
     grid = to_pil_image(make_grid(images, columns, pad_value=96))
-    if labels:
-        height, width = images.shape[2] + 2, 7 * max(map(len, labels))
-        grid = ImageOps.expand(grid, (width, 0, 0, 0), "white")
-        for row, label in enumerate(labels):
-            ImageDraw.Draw(grid).text((6, row * height + height // 2 - 5), label, fill="black")
+    height, width = images.shape[2] + 2, 7 * max(map(len, labels), default=0)
+    grid = ImageOps.expand(grid, (width, 0, 0, 0), "white")
+    for row, label in enumerate(labels):
+        ImageDraw.Draw(grid).text((6, row * height + height // 2 - 5), label, fill="black")
     if RANK == 0:
         grid.save(path)
 
