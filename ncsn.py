@@ -770,8 +770,7 @@ def fit(net, loss_fn, data, run):
             parts = [loss, *[p.grad for p in weights]]
             means = torch.cat([part.flatten() for part in parts]) / WORLD
             dist.all_reduce(means)
-            for part, mean in zip(parts, means.split([x.numel() for x in parts]), strict=True):
-                part.copy_(mean.view_as(part))
+            nn.utils.vector_to_parameters(means, parts)
         norm = nn.utils.clip_grad_norm_(weights, run.grad_clip or math.inf)
         finite = loss.isfinite() & norm.isfinite()  # a tensor: whoever reads it waits for the GPU
         optimizer.found_inf = 1 - finite.float()  # at 1 the fused Adam does nothing
