@@ -1128,7 +1128,7 @@ def fit(net, loss_fn, data, run):
     optimizer = torch.optim.Adam(weights, run.lr, fused=True)
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     saved = {"model": net, "ema": ema, "optimizer": optimizer}
-    running = torch.zeros(2, device=run.device)  # sum and number of the losses since the last line
+    running = torch.zeros(3, device=run.device)  # since the last line: losses, their number, stops
     size = {"n": len(data[0]), "parameters": sum(p.numel() for p in weights)}
     report(f"{[*data[0].shape]} data, {size['parameters']:,} parameters, to {run.out}")
     if run.resume:
@@ -1137,7 +1137,7 @@ def fit(net, loss_fn, data, run):
             raise ValueError(f"--steps {run.steps}: the checkpoint has done {step} already")
         for key, part in saved.items():
             part.load_state_dict(run.loaded[key])
-        running += run.loaded["running"].to(run.device)
+        running[:2] += run.loaded["running"].to(run.device)
         if RANK == 0 and log.exists():  # later steps happen again: drop their lines
             lines = [line for line in log.read_text().splitlines() if line.endswith("}")]
             log.write_text("".join(f"{x}\n" for x in lines if json.loads(x)["step"] <= step))
@@ -1160,9 +1160,9 @@ def fit(net, loss_fn, data, run):
         optimizer.zero_grad()
         loss = loss_fn(*batch)
         loss.backward()
-        loss = loss.detach()
-        if WORLD > 1:  # loss and gradients become the means over all processes, in one message
-            parts = [loss, *[p.grad for p in weights]]
+        loss, stop = loss.detach(), torch.full_like(loss, len(signals))
+        if WORLD > 1:  # these and the gradients become means over all processes, in one message
+            parts = [loss, stop, *[p.grad for p in weights]]
             means = torch.cat([part.flatten() for part in parts]) / WORLD
             dist.all_reduce(means)
             nn.utils.vector_to_parameters(means, parts)
@@ -1173,14 +1173,11 @@ def fit(net, loss_fn, data, run):
         with torch.no_grad():
             decay = min(run.ema_decay, (1 + step) / (10 + step))
             torch._foreach_lerp_(list(ema.parameters()), weights, 1 - decay)
-            running += torch.where(finite, torch.stack([loss, torch.ones_like(loss)]), 0.0)
+            running += torch.stack([torch.where(finite, loss, 0), finite, stop])
         stopped = bool(signals) and WORLD == 1
         if step == 1 or step % run.log_every == 0:
-            tally = torch.cat([running, running.new_full((1,), len(signals))])
-            if WORLD > 1:
-                dist.all_reduce(tally)  # all processes stop at the same step
-            total, count, stops = tally.tolist()
-            stopped = stops > 0
+            total, count, stops = running.tolist()
+            stopped = stops > 0  # in all processes alike
             running.zero_()
             if count == 0:
                 fail(f"no loss was finite since the last log line (step {step}): lower --lr")
@@ -1194,7 +1191,7 @@ def fit(net, loss_fn, data, run):
                     file.write(json.dumps(line) + "\n")
         if RANK == 0 and (step % run.save_every == 0 or step == run.steps or stopped):
             state = {key: part.state_dict() for key, part in saved.items()}
-            state |= {"method": SCRIPT, "step": step, "running": running}
+            state |= {"method": SCRIPT, "step": step, "running": running[:2]}
             state["settings"] = {key: getattr(run, key) for key in run.keys}
             save_checkpoint(run.out / run.file, state)
     for number, handler in handlers.items():
