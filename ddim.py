@@ -427,8 +427,7 @@ TASKS = {f.__name__: f for f in (sample, sweep, reconstruct, interpolate)}
 def main(argv=None):
     with one_line_errors():
         schedule_of = ("T", "beta_1", "beta_T")
-        run = read_args(argv, SETTINGS, preset, TASKS, schedule_of, reads=("ddpm",),
-                        published=published)
+        run = read_args(argv, SETTINGS, preset, TASKS, schedule_of, reads=("ddpm",))
         schedule = Schedule(run.T, run.beta_1, run.beta_T)
         steps = run.num_steps if run.task in ("sample", "interpolate") else 1  # others: fixed lists
         run.tau = timesteps(run.T, steps, run.spacing)
@@ -523,11 +522,10 @@ def seed_all(*key):
     torch.manual_seed(zlib.crc32(repr(key).encode()))
 
 
-def read_args(argv, settings, preset, tasks, fixed=(), reads=(), published=None):
+def read_args(argv, settings, preset, tasks, fixed=(), reads=()):
     """The arguments, `run`: a flag beats the checkpoint's value, which beats preset(arguments),
     which beats settings, {name: value or (value, help)}. What is `fixed` must agree with the
-    checkpoint; reads: other scripts whose checkpoints it takes; published: it reads --weights.
-    """
+    checkpoint; reads: other scripts whose checkpoints it takes."""
     parser = argparse.ArgumentParser(f"{SCRIPT}.py", None, __doc__.split("\n\n")[0], add_help=False,
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.error = fail
@@ -544,7 +542,7 @@ def read_args(argv, settings, preset, tasks, fixed=(), reads=(), published=None)
         parser.add_argument(f"--{key.replace('_', '-')}", default=value, help=text, **options)
     early, _ = parser.parse_known_args(argv)
     out, loaded, saved = f"runs/{SCRIPT}-{Path(early.dataset).resolve().name}", None, {}
-    weights = published and early.weights
+    weights = vars(early).get("weights")
     if bool(weights) + bool(early.checkpoint) + early.resume > 1:
         fail("--checkpoint, --weights and --resume exclude each other: leave out all but one")
     if weights:

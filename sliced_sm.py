@@ -50,7 +50,7 @@ from torch import nn
 from torchvision.transforms.functional import pil_to_tensor, resize, to_pil_image
 from torchvision.utils import make_grid
 
-from unet import UNet
+from unet import UNet, published
 
 # ---- The method ----------------------------------------------------------------------------------
 
@@ -586,11 +586,10 @@ def seed_all(*key):
     torch.manual_seed(zlib.crc32(repr(key).encode()))
 
 
-def read_args(argv, settings, preset, tasks, fixed=(), reads=(), published=None):
+def read_args(argv, settings, preset, tasks, fixed=(), reads=()):
     """The arguments, `run`: a flag beats the checkpoint's value, which beats preset(arguments),
     which beats settings, {name: value or (value, help)}. What is `fixed` must agree with the
-    checkpoint; reads: other scripts whose checkpoints it takes; published: it reads --weights.
-    """
+    checkpoint; reads: other scripts whose checkpoints it takes."""
     parser = argparse.ArgumentParser(f"{SCRIPT}.py", None, __doc__.split("\n\n")[0], add_help=False,
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.error = fail
@@ -607,7 +606,7 @@ def read_args(argv, settings, preset, tasks, fixed=(), reads=(), published=None)
         parser.add_argument(f"--{key.replace('_', '-')}", default=value, help=text, **options)
     early, _ = parser.parse_known_args(argv)
     out, loaded, saved = f"runs/{SCRIPT}-{Path(early.dataset).resolve().name}", None, {}
-    weights = published and early.weights
+    weights = vars(early).get("weights")
     if bool(weights) + bool(early.checkpoint) + early.resume > 1:
         fail("--checkpoint, --weights and --resume exclude each other: leave out all but one")
     if weights:
