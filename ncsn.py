@@ -420,12 +420,11 @@ SKIPPED = r"\.|__MACOSX$|Thumbs\.db$"  # files and folders in a folder of images
 IMAGE_TYPES = ".jpg .jpeg .jfif .png .webp .bmp .gif .tif .tiff .ppm .pgm".split()
 COMMON = dict(  # flags of every script beside its settings
     dataset=("digits", "digits, mnist, fashion_mnist, cifar10 or a folder of images"),
-    data_dir=("data", "where torchvision downloads to"),
+    data_dir=("data", "where torchvision downloads to"), seed=(0, "of all random numbers"),
     image_channels=(0, "1 for grey, 3 for colour, 0 for the images' own"),
     out=("", "run folder, by default runs/SCRIPT-DATASET, or TASK beside the checkpoint"),
     checkpoint=("", "do not train, take the EMA weights and settings of this file"),
     resume=(False, "continue the training in the run folder"),
-    seed=(0, "of all random numbers"),
     device=("auto", "cuda, mps or cpu; auto takes the first available"),
     compile=(False, "torch.compile the network"),
     bf16=(False, "run the network in bfloat16, except where likelihoods are measured"),
@@ -433,14 +432,12 @@ COMMON = dict(  # flags of every script beside its settings
 HELP = dict(  # of the settings that all scripts share
     steps="training steps", batch_size="examples per step, over all processes",
     lr="Adam's learning rate", warmup="steps until the rate reaches --lr",
-    lr_decay="p: after the warmup the rate falls as step^-p",
-    image_size="pixels, N or H W: other images are resized",
+    lr_decay="p: after the warmup the rate falls as step^-p", num_samples="examples to sample",
+    image_size="pixels, N or H W: other images are resized", dropout="rate in the network",
     grad_clip="largest gradient norm, 0: no limit", ema_decay="of averaged weights, 0: no average",
-    flip="mirror training images at random",
     channels="of the U-Net's first level", channel_mult="channels of each level / --channels",
     num_res_blocks="residual blocks per level", attention_resolutions="sizes with attention",
-    dropout="rate in the network", num_samples="examples to sample",
-    sample_batch_size="examples sampled or tested at a time",
+    sample_batch_size="examples sampled or tested at a time", flip="mirror training images",
     log_every="steps between log lines", save_every="steps between checkpoints",
 )
 NETWORK = ("image_channels", "image_size", "channels", "channel_mult", "num_res_blocks",
