@@ -384,7 +384,7 @@ def sweep(run):
             x_0 = ddim_sample(run.model, x_T, run.schedule, tau, **options[eta])
             rows.append(to_uint8(x_0).cpu())  # waits for the GPU
             table.append({"eta": eta, "S": S, "seconds": round(time.time() - start, 2)})
-            report("eta {eta}: {S} evaluations, {seconds} s".format(**table[-1]))
+            print("eta {eta}: {S} evaluations, {seconds} s".format(**table[-1]))
     labels = ["eta {eta}, {S} evaluations".format(**row) for row in table]
     save_grid(torch.cat(rows), run.out / "sweep.png", columns=10, labels=labels)
     return {"n": len(x_T), "spacing": run.spacing, "clip": run.clip, "table": table}
@@ -402,7 +402,7 @@ def reconstruct(run):
         error = ((torch.cat(decoded) - x_0) / 2).square().flatten(1).mean(1)  # data in [0, 1]
         table.append({"S": S, "mse": error.mean().item(),
                       "standard_error": error.std().item() / math.sqrt(len(error))})
-        report("S = {S}: {mse:.6f} +- {standard_error:.6f}".format(**table[-1]))
+        print("S = {S}: {mse:.6f} +- {standard_error:.6f}".format(**table[-1]))
         rows.append(to_uint8(decoded[0][:10]))
     labels = ["originals", *(f"S = {row['S']}, MSE {row['mse']:.5f}" for row in table)]
     save_grid(torch.cat(rows), run.out / "reconstruct.png", columns=len(rows[0]), labels=labels)
@@ -437,8 +437,8 @@ def main(argv=None):
         run.needs_data = run.needs_data or run.variance == "analytic" or run.task == "sweep"
         setup(run)
         if schedule.alpha_bar[-1] > 0.01:
-            report(f"alpha_bar_T = {schedule.alpha_bar[-1]:.2f} leaves data in x_T: multiply "
-                   "--beta-1 and --beta-T by 1000 / T, but keep both below 1")
+            print(f"alpha_bar_T = {schedule.alpha_bar[-1]:.2f} leaves data in x_T: multiply "
+                  "--beta-1 and --beta-T by 1000 / T, but keep both below 1")
         run.data = load_data(run)
         net = UNet(run.image_channels, run.image_channels, **run.unet)
         run.model, run.schedule = eps_model(prepare(run, net)), schedule.to(run.device)
@@ -490,11 +490,6 @@ ADVICE = {  # patterns in the text of the machine's errors, and what to do
 }
 
 
-def report(line):
-    if RANK == 0:
-        print(line, flush=True)
-
-
 def fail(message):
     print(f"{SCRIPT}.py: error:", str(message).partition("\n")[0], file=sys.stderr)
     sys.exit(2)
@@ -503,8 +498,10 @@ def fail(message):
 @contextlib.contextmanager
 def one_line_errors():
     """What a user can get wrong, or the machine lacks, ends with one line and exit code 2."""
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # a code page may lack a letter of a path
+    for stream in (sys.stdout, sys.stderr):  # a code page may lack a letter of a path
+        stream.reconfigure(errors="backslashreplace", line_buffering=True)
+    if RANK > 0:
+        sys.stdout = open(os.devnull, "w")  # the first process prints for all
     try:
         yield
     except (ValueError, OSError, RuntimeError) as error:
@@ -633,7 +630,7 @@ def load_folder(run):
     if not train:
         raise ValueError(f"{root} has {len(test)} images ({' '.join(IMAGE_TYPES)}): add some more")
     if len(train) + len(test) < len(files):
-        report(f"{root}: {len(files) - len(train) - len(test)} other files are left out")
+        print(f"{root}: {len(files) - len(train) - len(test)} other files are left out")
     class_of = {path: (*path.parts[split:-1], "")[0] for path in (*train, *test)}
     run.classes = run.classes or tuple(sorted({*class_of.values()} - {""}))
     paths = sorted(train if run.needs_data else []) + sorted(test)
@@ -703,7 +700,7 @@ def load_data(run):
     except (ValueError, OSError) as error:
         if not run.checkpoint or run.task != "sample":
             raise
-        report(f"process.png lacks its first row: {error}")
+        print(f"process.png lacks its first row: {error}")
         return None
     order = torch.randperm(len(test[0]), generator=torch.Generator().manual_seed(run.seed))
     run.test, run.test_labels = (part[order].to(run.device) for part in test)
@@ -768,7 +765,7 @@ def fit(net, loss_fn, data, run):
     saved = {"model": net, "ema": ema, "optimizer": optimizer}
     running = torch.zeros(3, device=run.device)  # since the last line: losses, their number, stops
     size = {"n": len(data[0]), "parameters": sum(p.numel() for p in weights)}
-    report(f"{[*data[0].shape]} data, {size['parameters']:,} parameters, to {run.out}")
+    print(f"{[*data[0].shape]} data, {size['parameters']:,} parameters, to {run.out}")
     if run.resume:
         step = run.loaded["step"]
         if step > run.steps:
@@ -821,8 +818,8 @@ def fit(net, loss_fn, data, run):
                 fail(f"no loss was finite since the last log line (step {step}): lower --lr")
             pace = (time.time() - start) / (step - first)  # seconds per step
             left = datetime.timedelta(seconds=round(pace * (run.steps - step)))
-            report(f"step {step} of {run.steps}: loss {total / count:.4f}, "
-                   f"{run.batch_size / pace:.0f} examples/s, {left} left")
+            print(f"step {step} of {run.steps}: loss {total / count:.4f}, "
+                  f"{run.batch_size / pace:.0f} examples/s, {left} left")
             line = {"step": step, "loss": total / count, "grad_norm": norm.item(), "lr": lr}
             if RANK == 0:
                 with open(log, "a") as file:
@@ -835,7 +832,7 @@ def fit(net, loss_fn, data, run):
     for number, handler in handlers.items():
         signal.signal(number, handler)
     if stopped:
-        report(f"stopped after step {step}, which is saved: continue with --resume")
+        print(f"stopped after step {step}, which is saved: continue with --resume")
         sys.exit(128 + (signals or [signal.SIGTERM])[0])
     net.eval().requires_grad_(False).load_state_dict(ema.state_dict())
     save_results(run, train={"step": step, **size, "seconds": round(time.time() - start, 1)})
@@ -871,7 +868,7 @@ def save_images(draw, run):
             for image, file in zip(images, batch, strict=True):
                 to_pil_image(image).save(f"{file}.part", "png")
                 os.replace(f"{file}.part", file)
-            report(f"{first + len(batch)} of {run.num_samples} images")
+            print(f"{first + len(batch)} of {run.num_samples} images")
     if WORLD > 1:
         dist.barrier()
     seed_all(run.seed, "process")  # whichever batches were drawn here
@@ -901,7 +898,7 @@ def do_tasks(run, tasks, also=()):
         save_results(run, **{name: measured}, arguments=run.arguments)
     if WORLD > 1:
         dist.destroy_process_group()
-    report(f"{run.out} holds {', '.join(sorted(file.name for file in run.out.iterdir()))}")
+    print(f"{run.out} holds {', '.join(sorted(file.name for file in run.out.iterdir()))}")
 
 
 if __name__ == "__main__":

@@ -322,12 +322,12 @@ def bpd(run):
     n, mean = len(bits["total"]), {key: bits[key].mean().item() for key in ("total", "L_T", "L_0")}
     mean["L_t"] = bits["L_t"].sum(1).mean().item()
     mean["standard_error"] = bits["total"].std().item() / math.sqrt(n)
-    report("test bits/dim <= {total:.4f} +- {standard_error:.4f}, of which L_T {L_T:.6f}, L_1 to "
-           "L_T-1 {L_t:.4f}, L_0 {L_0:.4f}; ".format(**mean) + f"n = {n}")
+    print("test bits/dim <= {total:.4f} +- {standard_error:.4f}, of which L_T {L_T:.6f}, L_1 to "
+          "L_T-1 {L_t:.4f}, L_0 {L_0:.4f}; ".format(**mean) + f"n = {n}")
     (rate, rmse), table = rate_distortion(bits), []
     for r in sorted({math.ceil(run.T * k / 10) for k in range(1, 11)}, reverse=True):
         table.append((r, rate[r - 1].item(), rmse[r - 1].item()))
-        report("{:5d} steps: rate {:.5f} bits/dim, RMSE {:.5f}".format(*table[-1]))
+        print("{:5d} steps: rate {:.5f} bits/dim, RMSE {:.5f}".format(*table[-1]))
     return {"n": n, "split": "test", "evaluations": run.T, "variance": run.variance,
             "clip": run.clip, "bits_per_dim": mean, "steps_rate_rmse": table}
 
@@ -352,8 +352,8 @@ def main(argv=None):
             raise ValueError(f"--mix-at {run.mix_at} is beyond the last step, --T {run.T}")
         setup(run)
         if schedule.alpha_bar[-1] > 0.01:
-            report(f"alpha_bar_T = {schedule.alpha_bar[-1]:.2f} leaves data in x_T: multiply "
-                   "--beta-1 and --beta-T by 1000 / T, but keep both below 1")
+            print(f"alpha_bar_T = {schedule.alpha_bar[-1]:.2f} leaves data in x_T: multiply "
+                  "--beta-1 and --beta-T by 1000 / T, but keep both below 1")
         data = load_data(run)
         net = UNet(run.image_channels, run.image_channels, **run.unet)
         run.model, run.schedule = eps_model(prepare(run, net)), schedule.to(run.device)
@@ -407,11 +407,6 @@ ADVICE = {  # patterns in the text of the machine's errors, and what to do
 }
 
 
-def report(line):
-    if RANK == 0:
-        print(line, flush=True)
-
-
 def fail(message):
     print(f"{SCRIPT}.py: error:", str(message).partition("\n")[0], file=sys.stderr)
     sys.exit(2)
@@ -420,8 +415,10 @@ def fail(message):
 @contextlib.contextmanager
 def one_line_errors():
     """What a user can get wrong, or the machine lacks, ends with one line and exit code 2."""
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # a code page may lack a letter of a path
+    for stream in (sys.stdout, sys.stderr):  # a code page may lack a letter of a path
+        stream.reconfigure(errors="backslashreplace", line_buffering=True)
+    if RANK > 0:
+        sys.stdout = open(os.devnull, "w")  # the first process prints for all
     try:
         yield
     except (ValueError, OSError, RuntimeError) as error:
@@ -550,7 +547,7 @@ def load_folder(run):
     if not train:
         raise ValueError(f"{root} has {len(test)} images ({' '.join(IMAGE_TYPES)}): add some more")
     if len(train) + len(test) < len(files):
-        report(f"{root}: {len(files) - len(train) - len(test)} other files are left out")
+        print(f"{root}: {len(files) - len(train) - len(test)} other files are left out")
     class_of = {path: (*path.parts[split:-1], "")[0] for path in (*train, *test)}
     run.classes = run.classes or tuple(sorted({*class_of.values()} - {""}))
     paths = sorted(train if run.needs_data else []) + sorted(test)
@@ -620,7 +617,7 @@ def load_data(run):
     except (ValueError, OSError) as error:
         if not run.checkpoint or run.task != "sample":
             raise
-        report(f"process.png lacks its first row: {error}")
+        print(f"process.png lacks its first row: {error}")
         return None
     order = torch.randperm(len(test[0]), generator=torch.Generator().manual_seed(run.seed))
     run.test, run.test_labels = (part[order].to(run.device) for part in test)
@@ -685,7 +682,7 @@ def fit(net, loss_fn, data, run):
     saved = {"model": net, "ema": ema, "optimizer": optimizer}
     running = torch.zeros(3, device=run.device)  # since the last line: losses, their number, stops
     size = {"n": len(data[0]), "parameters": sum(p.numel() for p in weights)}
-    report(f"{[*data[0].shape]} data, {size['parameters']:,} parameters, to {run.out}")
+    print(f"{[*data[0].shape]} data, {size['parameters']:,} parameters, to {run.out}")
     if run.resume:
         step = run.loaded["step"]
         if step > run.steps:
@@ -738,8 +735,8 @@ def fit(net, loss_fn, data, run):
                 fail(f"no loss was finite since the last log line (step {step}): lower --lr")
             pace = (time.time() - start) / (step - first)  # seconds per step
             left = datetime.timedelta(seconds=round(pace * (run.steps - step)))
-            report(f"step {step} of {run.steps}: loss {total / count:.4f}, "
-                   f"{run.batch_size / pace:.0f} examples/s, {left} left")
+            print(f"step {step} of {run.steps}: loss {total / count:.4f}, "
+                  f"{run.batch_size / pace:.0f} examples/s, {left} left")
             line = {"step": step, "loss": total / count, "grad_norm": norm.item(), "lr": lr}
             if RANK == 0:
                 with open(log, "a") as file:
@@ -752,7 +749,7 @@ def fit(net, loss_fn, data, run):
     for number, handler in handlers.items():
         signal.signal(number, handler)
     if stopped:
-        report(f"stopped after step {step}, which is saved: continue with --resume")
+        print(f"stopped after step {step}, which is saved: continue with --resume")
         sys.exit(128 + (signals or [signal.SIGTERM])[0])
     net.eval().requires_grad_(False).load_state_dict(ema.state_dict())
     save_results(run, train={"step": step, **size, "seconds": round(time.time() - start, 1)})
@@ -788,7 +785,7 @@ def save_images(draw, run):
             for image, file in zip(images, batch, strict=True):
                 to_pil_image(image).save(f"{file}.part", "png")
                 os.replace(f"{file}.part", file)
-            report(f"{first + len(batch)} of {run.num_samples} images")
+            print(f"{first + len(batch)} of {run.num_samples} images")
     if WORLD > 1:
         dist.barrier()
     seed_all(run.seed, "process")  # whichever batches were drawn here
@@ -818,7 +815,7 @@ def do_tasks(run, tasks, also=()):
         save_results(run, **{name: measured}, arguments=run.arguments)
     if WORLD > 1:
         dist.destroy_process_group()
-    report(f"{run.out} holds {', '.join(sorted(file.name for file in run.out.iterdir()))}")
+    print(f"{run.out} holds {', '.join(sorted(file.name for file in run.out.iterdir()))}")
 
 
 if __name__ == "__main__":

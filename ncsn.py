@@ -370,7 +370,7 @@ def toy(run):
         raise ValueError(f"the chains diverge: --eps {run.eps} is too large for these levels")
     share = {name: (x.sum(1) < 0).float().mean().item() for name, x in points.items()}
     for name in points:
-        report(f"{name}: {share[name]:.3f} of {len(x)} at (-5, -5), where 0.2 is right")
+        print(f"{name}: {share[name]:.3f} of {len(x)} at (-5, -5), where 0.2 is right")
     pictures = [histogram(points[name], f"{name}: {share[name]:.2f}") for name in points]
     save_grid(torch.stack(pictures), run.out / "gmm.png", columns=3)
     return {"n": len(x), "share_at_-5": share, **run.measured,
@@ -400,8 +400,8 @@ def main(argv=None):
         run.chain = dict(sigmas=run.sigmas, eps=run.eps, T=run.T, denoise=run.denoise)
         run.measured = {key: getattr(run, key) for key in (*fixed, "T", "eps", "denoise")}
         run.measured["evaluations"] = run.levels * run.T + run.denoise
-        report("L = {levels}, sigma from {sigma_max:.4g} to {sigma_min:.4g}, T = {T}, "
-               "eps = {eps:.3g}".format(**run.measured))
+        print("L = {levels}, sigma from {sigma_max:.4g} to {sigma_min:.4g}, T = {T}, "
+              "eps = {eps:.3g}".format(**run.measured))
         if not is_toy:
             net = prepare(run, UNet(run.image_channels, run.image_channels, **run.unet))
             run.score = noise_conditional_score(net, run.sigmas, run.settings)
@@ -453,11 +453,6 @@ ADVICE = {  # patterns in the text of the machine's errors, and what to do
 }
 
 
-def report(line):
-    if RANK == 0:
-        print(line, flush=True)
-
-
 def fail(message):
     print(f"{SCRIPT}.py: error:", str(message).partition("\n")[0], file=sys.stderr)
     sys.exit(2)
@@ -466,8 +461,10 @@ def fail(message):
 @contextlib.contextmanager
 def one_line_errors():
     """What a user can get wrong, or the machine lacks, ends with one line and exit code 2."""
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # a code page may lack a letter of a path
+    for stream in (sys.stdout, sys.stderr):  # a code page may lack a letter of a path
+        stream.reconfigure(errors="backslashreplace", line_buffering=True)
+    if RANK > 0:
+        sys.stdout = open(os.devnull, "w")  # the first process prints for all
     try:
         yield
     except (ValueError, OSError, RuntimeError) as error:
@@ -596,7 +593,7 @@ def load_folder(run):
     if not train:
         raise ValueError(f"{root} has {len(test)} images ({' '.join(IMAGE_TYPES)}): add some more")
     if len(train) + len(test) < len(files):
-        report(f"{root}: {len(files) - len(train) - len(test)} other files are left out")
+        print(f"{root}: {len(files) - len(train) - len(test)} other files are left out")
     class_of = {path: (*path.parts[split:-1], "")[0] for path in (*train, *test)}
     run.classes = run.classes or tuple(sorted({*class_of.values()} - {""}))
     paths = sorted(train if run.needs_data else []) + sorted(test)
@@ -666,7 +663,7 @@ def load_data(run):
     except (ValueError, OSError) as error:
         if not run.checkpoint or run.task != "sample":
             raise
-        report(f"process.png lacks its first row: {error}")
+        print(f"process.png lacks its first row: {error}")
         return None
     order = torch.randperm(len(test[0]), generator=torch.Generator().manual_seed(run.seed))
     run.test, run.test_labels = (part[order].to(run.device) for part in test)
@@ -731,7 +728,7 @@ def fit(net, loss_fn, data, run):
     saved = {"model": net, "ema": ema, "optimizer": optimizer}
     running = torch.zeros(3, device=run.device)  # since the last line: losses, their number, stops
     size = {"n": len(data[0]), "parameters": sum(p.numel() for p in weights)}
-    report(f"{[*data[0].shape]} data, {size['parameters']:,} parameters, to {run.out}")
+    print(f"{[*data[0].shape]} data, {size['parameters']:,} parameters, to {run.out}")
     if run.resume:
         step = run.loaded["step"]
         if step > run.steps:
@@ -784,8 +781,8 @@ def fit(net, loss_fn, data, run):
                 fail(f"no loss was finite since the last log line (step {step}): lower --lr")
             pace = (time.time() - start) / (step - first)  # seconds per step
             left = datetime.timedelta(seconds=round(pace * (run.steps - step)))
-            report(f"step {step} of {run.steps}: loss {total / count:.4f}, "
-                   f"{run.batch_size / pace:.0f} examples/s, {left} left")
+            print(f"step {step} of {run.steps}: loss {total / count:.4f}, "
+                  f"{run.batch_size / pace:.0f} examples/s, {left} left")
             line = {"step": step, "loss": total / count, "grad_norm": norm.item(), "lr": lr}
             if RANK == 0:
                 with open(log, "a") as file:
@@ -798,7 +795,7 @@ def fit(net, loss_fn, data, run):
     for number, handler in handlers.items():
         signal.signal(number, handler)
     if stopped:
-        report(f"stopped after step {step}, which is saved: continue with --resume")
+        print(f"stopped after step {step}, which is saved: continue with --resume")
         sys.exit(128 + (signals or [signal.SIGTERM])[0])
     net.eval().requires_grad_(False).load_state_dict(ema.state_dict())
     save_results(run, train={"step": step, **size, "seconds": round(time.time() - start, 1)})
@@ -834,7 +831,7 @@ def save_images(draw, run):
             for image, file in zip(images, batch, strict=True):
                 to_pil_image(image).save(f"{file}.part", "png")
                 os.replace(f"{file}.part", file)
-            report(f"{first + len(batch)} of {run.num_samples} images")
+            print(f"{first + len(batch)} of {run.num_samples} images")
     if WORLD > 1:
         dist.barrier()
     seed_all(run.seed, "process")  # whichever batches were drawn here
@@ -864,7 +861,7 @@ def do_tasks(run, tasks, also=()):
         save_results(run, **{name: measured}, arguments=run.arguments)
     if WORLD > 1:
         dist.destroy_process_group()
-    report(f"{run.out} holds {', '.join(sorted(file.name for file in run.out.iterdir()))}")
+    print(f"{run.out} holds {', '.join(sorted(file.name for file in run.out.iterdir()))}")
 
 
 if __name__ == "__main__":

@@ -607,7 +607,7 @@ def samplers(run):
         rows.append(draw(run, x_T, chain))
         table.append(chain | {"evaluations": run.calls, "seconds": round(time.time() - start, 1)})
         line = "{predictor}, {corrector}: {evaluations} evaluations"
-        report(f"{line}, {{seconds}} s".format(**table[-1]))
+        print(f"{line}, {{seconds}} s".format(**table[-1]))
     labels = [line.format(**row) for row in table]
     save_grid(torch.cat(rows), run.out / "samplers.png", columns=10, labels=labels)
     return {"n": len(x_T), "sde": run.sde, **run.chain, "tolerance": run.tolerance, "table": table}
@@ -619,8 +619,8 @@ def bpd(run):
     bits = torch.cat([bits_per_dim(run.score, run.process, images, *tolerances, t_min=run.t_min)
                       for images in parts]).cpu()
     mean, error = bits.mean().item(), bits.std().item() / math.sqrt(len(bits))
-    report(f"test bits/dim {mean:.4f} +- {error:.4f}: density of the ODE at t = {run.t_min:g}, "
-           f"images uniformly dequantised; n = {len(bits)}")
+    print(f"test bits/dim {mean:.4f} +- {error:.4f}: density of the ODE at t = {run.t_min:g}, "
+          f"images uniformly dequantised; n = {len(bits)}")
     return {"n": len(bits), "split": "test", "bits_per_dim": mean, "standard_error": error,
             "is": "density of the ODE at t_min, not a bound; images uniformly dequantised; one "
             "Rademacher probe each", "t_min": run.t_min, "evaluations": run.calls, "sde": run.sde,
@@ -644,7 +644,7 @@ def interpolate(run):
     x, (left, right) = torch.cat(x).chunk(11), x_0.chunk(2)
     save_rows(run, [left, *x, right], "interpolation.png")
     error = (torch.cat([x[0], x[-1]]) - x_0).abs().max().item()
-    report(f"decoded codes differ from their images by at most {error:.1e}")
+    print(f"decoded codes differ from their images by at most {error:.1e}")
     return {"n": len(z), "split": "test", "largest_error": error, "evaluations": run.calls,
             "sde": run.sde, "tolerance": run.tolerance}
 
@@ -721,7 +721,7 @@ def class_conditional(run):
         x_t = perturb(x_0, x_0.new_full((len(x_0),), t), run.process)
         logits = [classify(x, x.new_full((len(x),), t)) for x in x_t.split(run.sample_batch_size)]
         table.append((t, (torch.cat(logits).argmax(1) == labels).float().mean().item()))
-        report("t = {:g}: accuracy {:.3f}".format(*table[-1]))
+        print("t = {:g}: accuracy {:.3f}".format(*table[-1]))
     run.num_samples = K * math.ceil(run.num_samples / K)  # equally many of each
 
     def draw_classes(first, n, record):  # image i is of class i mod K
@@ -847,11 +847,6 @@ ADVICE = {  # patterns in the text of the machine's errors, and what to do
 }
 
 
-def report(line):
-    if RANK == 0:
-        print(line, flush=True)
-
-
 def fail(message):
     print(f"{SCRIPT}.py: error:", str(message).partition("\n")[0], file=sys.stderr)
     sys.exit(2)
@@ -860,8 +855,10 @@ def fail(message):
 @contextlib.contextmanager
 def one_line_errors():
     """What a user can get wrong, or the machine lacks, ends with one line and exit code 2."""
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # a code page may lack a letter of a path
+    for stream in (sys.stdout, sys.stderr):  # a code page may lack a letter of a path
+        stream.reconfigure(errors="backslashreplace", line_buffering=True)
+    if RANK > 0:
+        sys.stdout = open(os.devnull, "w")  # the first process prints for all
     try:
         yield
     except (ValueError, OSError, RuntimeError) as error:
@@ -990,7 +987,7 @@ def load_folder(run):
     if not train:
         raise ValueError(f"{root} has {len(test)} images ({' '.join(IMAGE_TYPES)}): add some more")
     if len(train) + len(test) < len(files):
-        report(f"{root}: {len(files) - len(train) - len(test)} other files are left out")
+        print(f"{root}: {len(files) - len(train) - len(test)} other files are left out")
     class_of = {path: (*path.parts[split:-1], "")[0] for path in (*train, *test)}
     run.classes = run.classes or tuple(sorted({*class_of.values()} - {""}))
     paths = sorted(train if run.needs_data else []) + sorted(test)
@@ -1060,7 +1057,7 @@ def load_data(run):
     except (ValueError, OSError) as error:
         if not run.checkpoint or run.task != "sample":
             raise
-        report(f"process.png lacks its first row: {error}")
+        print(f"process.png lacks its first row: {error}")
         return None
     order = torch.randperm(len(test[0]), generator=torch.Generator().manual_seed(run.seed))
     run.test, run.test_labels = (part[order].to(run.device) for part in test)
@@ -1125,7 +1122,7 @@ def fit(net, loss_fn, data, run):
     saved = {"model": net, "ema": ema, "optimizer": optimizer}
     running = torch.zeros(3, device=run.device)  # since the last line: losses, their number, stops
     size = {"n": len(data[0]), "parameters": sum(p.numel() for p in weights)}
-    report(f"{[*data[0].shape]} data, {size['parameters']:,} parameters, to {run.out}")
+    print(f"{[*data[0].shape]} data, {size['parameters']:,} parameters, to {run.out}")
     if run.resume:
         step = run.loaded["step"]
         if step > run.steps:
@@ -1178,8 +1175,8 @@ def fit(net, loss_fn, data, run):
                 fail(f"no loss was finite since the last log line (step {step}): lower --lr")
             pace = (time.time() - start) / (step - first)  # seconds per step
             left = datetime.timedelta(seconds=round(pace * (run.steps - step)))
-            report(f"step {step} of {run.steps}: loss {total / count:.4f}, "
-                   f"{run.batch_size / pace:.0f} examples/s, {left} left")
+            print(f"step {step} of {run.steps}: loss {total / count:.4f}, "
+                  f"{run.batch_size / pace:.0f} examples/s, {left} left")
             line = {"step": step, "loss": total / count, "grad_norm": norm.item(), "lr": lr}
             if RANK == 0:
                 with open(log, "a") as file:
@@ -1192,7 +1189,7 @@ def fit(net, loss_fn, data, run):
     for number, handler in handlers.items():
         signal.signal(number, handler)
     if stopped:
-        report(f"stopped after step {step}, which is saved: continue with --resume")
+        print(f"stopped after step {step}, which is saved: continue with --resume")
         sys.exit(128 + (signals or [signal.SIGTERM])[0])
     net.eval().requires_grad_(False).load_state_dict(ema.state_dict())
     save_results(run, train={"step": step, **size, "seconds": round(time.time() - start, 1)})
@@ -1228,7 +1225,7 @@ def save_images(draw, run):
             for image, file in zip(images, batch, strict=True):
                 to_pil_image(image).save(f"{file}.part", "png")
                 os.replace(f"{file}.part", file)
-            report(f"{first + len(batch)} of {run.num_samples} images")
+            print(f"{first + len(batch)} of {run.num_samples} images")
     if WORLD > 1:
         dist.barrier()
     seed_all(run.seed, "process")  # whichever batches were drawn here
@@ -1258,7 +1255,7 @@ def do_tasks(run, tasks, also=()):
         save_results(run, **{name: measured}, arguments=run.arguments)
     if WORLD > 1:
         dist.destroy_process_group()
-    report(f"{run.out} holds {', '.join(sorted(file.name for file in run.out.iterdir()))}")
+    print(f"{run.out} holds {', '.join(sorted(file.name for file in run.out.iterdir()))}")
 
 
 if __name__ == "__main__":

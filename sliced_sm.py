@@ -371,9 +371,9 @@ def test(run):
         parts = [noise_conditional_loss(run.score, x, sigma[None], "dsm") * len(x)
                  for x in images.split(run.sample_batch_size)]
         losses.append(sum(parts).item() / images.numel())
-    report(f"denoising loss per dimension of {len(images)} test images: "
-           f"{sum(losses) / len(losses):.4f}, from {losses[0]:.4f} at sigma_1 to "
-           f"{losses[-1]:.4f} at sigma_L; a score of 0 has 0.5")
+    print(f"denoising loss per dimension of {len(images)} test images: "
+          f"{sum(losses) / len(losses):.4f}, from {losses[0]:.4f} at sigma_1 to "
+          f"{losses[-1]:.4f} at sigma_L; a score of 0 has 0.5")
     return {"n": len(images), "split": "test", "dsm_loss": losses, **run.measured}
 
 
@@ -382,8 +382,8 @@ def fluctuation(run):
     lines = (run.out / "log.jsonl").read_text().splitlines()
     losses = torch.tensor([json.loads(line)["loss"] for line in lines[len(lines) // 2 :]])
     mean, std = losses.mean().item(), losses.std(correction=0).item()
-    report(f"the training's second half: {len(losses)} lines of the log with losses of "
-           f"{mean:.4f} +- {std:.4f}")
+    print(f"the training's second half: {len(losses)} lines of the log with losses of "
+          f"{mean:.4f} +- {std:.4f}")
     return {"n": len(losses), "loss_mean": mean, "loss_std": std, **run.measured}
 
 
@@ -406,14 +406,14 @@ def cost(run):
     x, table = torch.rand(size, device=run.device), []
     run.net.requires_grad_(True)
     unet = {name: seconds(run.net, run.one_level, x, name) for name in ("dsm", "ssm", "ssm-vr")}
-    report(f"U-Net, {len(x)} images: a step takes {unet['dsm']:.3f} s with dsm, "
-           f"{unet['ssm-vr'] / unet['dsm']:.2f} times as long with ssm-vr")
+    print(f"U-Net, {len(x)} images: a step takes {unet['dsm']:.3f} s with dsm, "
+          f"{unet['ssm-vr'] / unet['dsm']:.2f} times as long with ssm-vr")
     for d in (4, 16, 64):
         small, x = mlp(d, 128).to(run.device), torch.randn(128, d, device=run.device)
         row = {name: seconds(small, small, x, name) for name in ("dsm", "ssm", "ssm-vr", "sm")}
         table.append({"d": d, **row})
         times = ", ".join(f"{1000 * row[name]:.1f} by {name}" for name in row)
-        report(f"MLP, 128 points of {d} dimensions, milliseconds: {times}")
+        print(f"MLP, 128 points of {d} dimensions, milliseconds: {times}")
     return {"batch_size": run.batch_size, "unet_seconds": unet, "mlp_seconds": table}
 
 
@@ -462,8 +462,8 @@ def score_error(run):
         error = (run.net(x[where]) - exact).square().sum(1).mean().item()
         share = error / exact.square().sum(1).mean().item()
         measured[name] = {"mean_squared_error": error, "of_mean_square": share}
-        report(f"score {name} the high-density region: mean squared error {error:.4f}, "
-               f"{share:.1%} of the score's mean square")
+        print(f"score {name} the high-density region: mean squared error {error:.4f}, "
+              f"{share:.1%} of the score's mean square")
     return measured
 
 
@@ -554,11 +554,6 @@ ADVICE = {  # patterns in the text of the machine's errors, and what to do
 }
 
 
-def report(line):
-    if RANK == 0:
-        print(line, flush=True)
-
-
 def fail(message):
     print(f"{SCRIPT}.py: error:", str(message).partition("\n")[0], file=sys.stderr)
     sys.exit(2)
@@ -567,8 +562,10 @@ def fail(message):
 @contextlib.contextmanager
 def one_line_errors():
     """What a user can get wrong, or the machine lacks, ends with one line and exit code 2."""
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # a code page may lack a letter of a path
+    for stream in (sys.stdout, sys.stderr):  # a code page may lack a letter of a path
+        stream.reconfigure(errors="backslashreplace", line_buffering=True)
+    if RANK > 0:
+        sys.stdout = open(os.devnull, "w")  # the first process prints for all
     try:
         yield
     except (ValueError, OSError, RuntimeError) as error:
@@ -697,7 +694,7 @@ def load_folder(run):
     if not train:
         raise ValueError(f"{root} has {len(test)} images ({' '.join(IMAGE_TYPES)}): add some more")
     if len(train) + len(test) < len(files):
-        report(f"{root}: {len(files) - len(train) - len(test)} other files are left out")
+        print(f"{root}: {len(files) - len(train) - len(test)} other files are left out")
     class_of = {path: (*path.parts[split:-1], "")[0] for path in (*train, *test)}
     run.classes = run.classes or tuple(sorted({*class_of.values()} - {""}))
     paths = sorted(train if run.needs_data else []) + sorted(test)
@@ -767,7 +764,7 @@ def load_data(run):
     except (ValueError, OSError) as error:
         if not run.checkpoint or run.task != "sample":
             raise
-        report(f"process.png lacks its first row: {error}")
+        print(f"process.png lacks its first row: {error}")
         return None
     order = torch.randperm(len(test[0]), generator=torch.Generator().manual_seed(run.seed))
     run.test, run.test_labels = (part[order].to(run.device) for part in test)
@@ -832,7 +829,7 @@ def fit(net, loss_fn, data, run):
     saved = {"model": net, "ema": ema, "optimizer": optimizer}
     running = torch.zeros(3, device=run.device)  # since the last line: losses, their number, stops
     size = {"n": len(data[0]), "parameters": sum(p.numel() for p in weights)}
-    report(f"{[*data[0].shape]} data, {size['parameters']:,} parameters, to {run.out}")
+    print(f"{[*data[0].shape]} data, {size['parameters']:,} parameters, to {run.out}")
     if run.resume:
         step = run.loaded["step"]
         if step > run.steps:
@@ -885,8 +882,8 @@ def fit(net, loss_fn, data, run):
                 fail(f"no loss was finite since the last log line (step {step}): lower --lr")
             pace = (time.time() - start) / (step - first)  # seconds per step
             left = datetime.timedelta(seconds=round(pace * (run.steps - step)))
-            report(f"step {step} of {run.steps}: loss {total / count:.4f}, "
-                   f"{run.batch_size / pace:.0f} examples/s, {left} left")
+            print(f"step {step} of {run.steps}: loss {total / count:.4f}, "
+                  f"{run.batch_size / pace:.0f} examples/s, {left} left")
             line = {"step": step, "loss": total / count, "grad_norm": norm.item(), "lr": lr}
             if RANK == 0:
                 with open(log, "a") as file:
@@ -899,7 +896,7 @@ def fit(net, loss_fn, data, run):
     for number, handler in handlers.items():
         signal.signal(number, handler)
     if stopped:
-        report(f"stopped after step {step}, which is saved: continue with --resume")
+        print(f"stopped after step {step}, which is saved: continue with --resume")
         sys.exit(128 + (signals or [signal.SIGTERM])[0])
     net.eval().requires_grad_(False).load_state_dict(ema.state_dict())
     save_results(run, train={"step": step, **size, "seconds": round(time.time() - start, 1)})
@@ -935,7 +932,7 @@ def save_images(draw, run):
             for image, file in zip(images, batch, strict=True):
                 to_pil_image(image).save(f"{file}.part", "png")
                 os.replace(f"{file}.part", file)
-            report(f"{first + len(batch)} of {run.num_samples} images")
+            print(f"{first + len(batch)} of {run.num_samples} images")
     if WORLD > 1:
         dist.barrier()
     seed_all(run.seed, "process")  # whichever batches were drawn here
@@ -965,7 +962,7 @@ def do_tasks(run, tasks, also=()):
         save_results(run, **{name: measured}, arguments=run.arguments)
     if WORLD > 1:
         dist.destroy_process_group()
-    report(f"{run.out} holds {', '.join(sorted(file.name for file in run.out.iterdir()))}")
+    print(f"{run.out} holds {', '.join(sorted(file.name for file in run.out.iterdir()))}")
 
 
 if __name__ == "__main__":

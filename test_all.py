@@ -3668,7 +3668,7 @@ def test_a_classifier_that_was_interrupted_continues(folder):
 PER_PAPER = {"SETTINGS", "PRESETS", "MNIST", "TASKS", "preset", "check", "loss", "to_float",
              "to_uint8", "sample", "bpd", "interpolate", "inpainting", "toy", "main",
              "bits_per_dim", "inpaint"}
-PLUMBING = {"report", "fail", "one_line_errors", "seed_all", "read_args", "setup",
+PLUMBING = {"fail", "one_line_errors", "seed_all", "read_args", "setup",
             "load_folder", "load_images", "load_data", "prepare", "save_checkpoint",
             "load_checkpoint", "fit", "save_grid", "save_images", "save_results", "do_tasks"}
 BANNERS = ["# ---- The method -", "# ---- The run -", "# ---- Plumbing: "]
