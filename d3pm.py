@@ -804,8 +804,7 @@ def setup(run):
     again = run.checkpoint and run.results.get("arguments") == run.arguments  # was interrupted
     run.out.mkdir(parents=True, exist_ok=True)
     if RANK == 0 and not run.resume and not again and any(run.out.iterdir()):
-        raise ValueError(f"{run.out} is not empty: --resume continues a training there, --out "
-                         "names another folder")
+        raise ValueError(f"{run.out} is not empty: add --resume, or --out and another folder")
     if WORLD > 1:
         dist.init_process_group(**backend, timeout=datetime.timedelta(hours=2))  # for a download
     torch.manual_seed(run.seed)  # the same initial weights in every process
@@ -1009,10 +1008,9 @@ def fit(net, loss_fn, data, run):
         finite = loss.isfinite() & norm.isfinite()  # a tensor: whoever reads it waits for the GPU
         optimizer.found_inf = 1 - finite.float()  # at 1 the fused Adam does nothing
         optimizer.step()
-        with torch.no_grad():
-            decay = min(run.ema_decay, (1 + step) / (10 + step))
-            torch._foreach_lerp_(list(ema.parameters()), weights, 1 - decay)
-            running += torch.stack([torch.where(finite, loss, 0), finite, stop])
+        decay = min(run.ema_decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(list(ema.parameters()), [p.detach() for p in weights], 1 - decay)
+        running += torch.stack([torch.where(finite, loss, 0), finite, stop])
         stopped = bool(signals) and WORLD == 1
         if step == 1 or step % run.log_every == 0:
             total, count, stops = running.tolist()
@@ -1025,9 +1023,8 @@ def fit(net, loss_fn, data, run):
             print(f"step {step} of {run.steps}: loss {total / count:.4f}, "
                   f"{run.batch_size / pace:.0f} examples/s, {left} left")
             line = {"step": step, "loss": total / count, "grad_norm": norm.item(), "lr": lr}
-            if RANK == 0:
-                with open(log, "a") as file:
-                    file.write(json.dumps(line) + "\n")
+            with open(log if RANK == 0 else os.devnull, "a") as file:
+                print(json.dumps(line), file=file)
         if RANK == 0 and (step % run.save_every == 0 or step == run.steps or stopped):
             state = {key: part.state_dict() for key, part in saved.items()}
             state |= {"method": SCRIPT, "step": step, "running": running[:2]}
