@@ -682,9 +682,8 @@ def load_folder(run):
                     here.resolve().is_relative_to((here / name).resolve())]  # a loop of links
         files += [here.relative_to(root) / name for name in names if not re.match(SKIPPED, name)]
     top = {path: path.parts[0].lower() for path in files if path.suffix.lower() in IMAGE_TYPES}
-    tests = [name for name in ("test", "val", "valid", "validation") if name in top.values()]
-    split = bool(tests) and "train" in top.values()
-    if split:
+    tests = [x for x in ("test", "val", "valid", "validation") if {"train", x} <= {*top.values()}]
+    if tests:
         train, test = ([path for path in top if top[path] == name] for name in ("train", tests[0]))
     else:  # by a hash of the path: adding a file moves no other
         key = {path: zlib.crc32(path.as_posix().encode()) for path in top}
@@ -694,7 +693,7 @@ def load_folder(run):
         raise ValueError(f"{root} has {len(test)} images ({' '.join(IMAGE_TYPES)}): add some more")
     if len(train) + len(test) < len(files):
         print(f"{root}: {len(files) - len(train) - len(test)} other files are left out")
-    class_of = {path: (*path.parts[split:-1], "")[0] for path in (*train, *test)}
+    class_of = {path: (*path.parts[bool(tests) : -1], "")[0] for path in (*train, *test)}
     run.classes = run.classes or tuple(sorted({*class_of.values()} - {""}))
     paths = sorted(train if run.needs_data else []) + sorted(test)
     run.unlabelled = [str(root / path) for path in paths if class_of[path] not in run.classes]
