@@ -1107,11 +1107,9 @@ def load_checkpoint(path, methods):
 
 
 def fit(net, loss_fn, data, run):
-    """Train to step run.steps, write log.jsonl and run.file, leave the EMA weights in net.
-
-    Each step draws rows of data, tensors of one length, for the scalar loss_fn(*rows). It depends
-    on the weights and (seed, step, process) alone: a resumed run equals an uninterrupted one.
-    """
+    """Train to step run.steps, write log.jsonl and run.file, leave the EMA weights in net. A step
+    draws rows of data, tensors of one length, for the scalar loss_fn(*rows). It depends on the
+    weights and (seed, step, process) alone: a resumed run equals an uninterrupted one."""
     if run.batch_size % WORLD:
         raise ValueError(f"--batch-size {run.batch_size} is not a multiple of {WORLD} processes")
     weights, log, step, start = list(net.parameters()), run.out / "log.jsonl", 0, time.time()
