@@ -736,8 +736,7 @@ def load_images(run):
         try:
             parts = [kind(root, train=train, download=not own) for train in (True, False)]
         except (RuntimeError, OSError) as error:
-            raise OSError(f"cannot download {run.dataset} ({error}): put torchvision's copy "
-                          f"below {root}") from error
+            raise OSError(f"cannot download data or find them below {root}: {error}") from error
         if RANK == 0 and WORLD > 1:
             dist.barrier()
         run.classes = tuple(parts[0].classes)
