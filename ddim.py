@@ -39,7 +39,6 @@ import sys
 import time
 import zipfile
 import zlib
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -385,7 +384,7 @@ def sweep(run):
             x_0 = ddim_sample(run.model, x_T, run.schedule, tau, **options[eta])
             rows.append(to_uint8(x_0).cpu())  # waits for the GPU
             table.append({"eta": eta, "S": S, "seconds": round(time.time() - start, 2)})
-            report("eta {eta}: {S} evaluations, {seconds} s".format(**table[-1]))
+            print("eta {eta}: {S} evaluations, {seconds} s".format(**table[-1]))
     labels = ["eta {eta}, {S} evaluations".format(**row) for row in table]
     save_grid(torch.cat(rows), run.out / "sweep.png", columns=10, labels=labels)
     return {"n": len(x_T), "spacing": run.spacing, "clip": run.clip, "table": table}
@@ -403,7 +402,7 @@ def reconstruct(run):
         error = ((torch.cat(decoded) - x_0) / 2).square().flatten(1).mean(1)  # data in [0, 1]
         table.append({"S": S, "mse": error.mean().item(),
                       "standard_error": error.std().item() / math.sqrt(len(error))})
-        report("S = {S}: {mse:.6f} +- {standard_error:.6f}".format(**table[-1]))
+        print("S = {S}: {mse:.6f} +- {standard_error:.6f}".format(**table[-1]))
         rows.append(to_uint8(decoded[0][:10]))
     labels = ["originals", *(f"S = {row['S']}, MSE {row['mse']:.5f}" for row in table)]
     save_grid(torch.cat(rows), run.out / "reconstruct.png", columns=len(rows[0]), labels=labels)
@@ -428,8 +427,7 @@ TASKS = {f.__name__: f for f in (sample, sweep, reconstruct, interpolate)}
 def main(argv=None):
     with one_line_errors():
         schedule_of = ("T", "beta_1", "beta_T")
-        run = read_args(argv, SETTINGS, preset, TASKS, schedule_of, reads=("ddpm",),
-                        published=published)
+        run = read_args(argv, SETTINGS, preset, TASKS, schedule_of, reads=("ddpm",))
         schedule = Schedule(run.T, run.beta_1, run.beta_T)
         steps = run.num_steps if run.task in ("sample", "interpolate") else 1  # others: fixed lists
         run.tau = timesteps(run.T, steps, run.spacing)
@@ -439,8 +437,8 @@ def main(argv=None):
         run.needs_data = run.needs_data or run.variance == "analytic" or run.task == "sweep"
         setup(run)
         if schedule.alpha_bar[-1] > 0.01:
-            report(f"alpha_bar_T = {schedule.alpha_bar[-1]:.2f} leaves data in x_T: multiply "
-                   "--beta-1 and --beta-T by 1000 / T, but keep both below 1")
+            print(f"alpha_bar_T = {schedule.alpha_bar[-1]:.2f} leaves data in x_T: multiply "
+                  "--beta-1 and --beta-T by 1000 / T, but keep both below 1")
         run.data = load_data(run)
         net = UNet(run.image_channels, run.image_channels, **run.unet)
         run.model, run.schedule = eps_model(prepare(run, net)), schedule.to(run.device)
@@ -459,12 +457,11 @@ SKIPPED = r"\.|__MACOSX$|Thumbs\.db$"  # files and folders in a folder of images
 IMAGE_TYPES = ".jpg .jpeg .jfif .png .webp .bmp .gif .tif .tiff .ppm .pgm".split()
 COMMON = dict(  # flags of every script beside its settings
     dataset=("digits", "digits, mnist, fashion_mnist, cifar10 or a folder of images"),
-    data_dir=("data", "where torchvision downloads to"),
+    data_dir=("data", "where torchvision downloads to"), seed=(0, "of all random numbers"),
     image_channels=(0, "1 for grey, 3 for colour, 0 for the images' own"),
     out=("", "run folder, by default runs/SCRIPT-DATASET, or TASK beside the checkpoint"),
     checkpoint=("", "do not train, take the EMA weights and settings of this file"),
     resume=(False, "continue the training in the run folder"),
-    seed=(0, "of all random numbers"),
     device=("auto", "cuda, mps or cpu; auto takes the first available"),
     compile=(False, "torch.compile the network"),
     bf16=(False, "run the network in bfloat16, except where likelihoods are measured"),
@@ -472,14 +469,12 @@ COMMON = dict(  # flags of every script beside its settings
 HELP = dict(  # of the settings that all scripts share
     steps="training steps", batch_size="examples per step, over all processes",
     lr="Adam's learning rate", warmup="steps until the rate reaches --lr",
-    lr_decay="p: after the warmup the rate falls as step^-p",
-    image_size="pixels, N or H W: other images are resized",
+    lr_decay="p: after the warmup the rate falls as step^-p", num_samples="examples to sample",
+    image_size="pixels, N or H W: other images are resized", dropout="rate in the network",
     grad_clip="largest gradient norm, 0: no limit", ema_decay="of averaged weights, 0: no average",
-    flip="mirror training images at random",
     channels="of the U-Net's first level", channel_mult="channels of each level / --channels",
     num_res_blocks="residual blocks per level", attention_resolutions="sizes with attention",
-    dropout="rate in the network", num_samples="examples to sample",
-    sample_batch_size="examples sampled or tested at a time",
+    sample_batch_size="examples sampled or tested at a time", flip="mirror training images",
     log_every="steps between log lines", save_every="steps between checkpoints",
 )
 NETWORK = ("image_channels", "image_size", "channels", "channel_mult", "num_res_blocks",
@@ -495,30 +490,25 @@ ADVICE = {  # patterns in the text of the machine's errors, and what to do
 }
 
 
-def report(line):
-    if RANK == 0:
-        print(line, flush=True)
-
-
 def fail(message):
-    print(f"{SCRIPT}.py: error: {' '.join(str(message).split())}", file=sys.stderr)
+    print(f"{SCRIPT}.py: error:", str(message).partition("\n")[0], file=sys.stderr)
     sys.exit(2)
 
 
 @contextlib.contextmanager
 def one_line_errors():
     """What a user can get wrong, or the machine lacks, ends with one line and exit code 2."""
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # a code page may lack a letter of a path
+    for stream in (sys.stdout, sys.stderr):  # a code page may lack a letter of a path
+        stream.reconfigure(errors="backslashreplace", line_buffering=True)
+    if RANK > 0:
+        sys.stdout = open(os.devnull, "w")  # the first process prints for all
     try:
         yield
     except (ValueError, OSError, RuntimeError) as error:
-        for pattern, advice in ADVICE.items():
-            if re.search(pattern, str(error)):
-                fail(f"{advice} ({str(error).splitlines()[0]})")
-        if isinstance(error, RuntimeError):
+        advice = [text for pattern, text in ADVICE.items() if re.search(pattern, str(error))]
+        if isinstance(error, RuntimeError) and not advice:
             raise
-        fail(error)
+        fail(": ".join([*advice, str(error)]))
 
 
 def seed_all(*key):
@@ -526,11 +516,10 @@ def seed_all(*key):
     torch.manual_seed(zlib.crc32(repr(key).encode()))
 
 
-def read_args(argv, settings, preset, tasks, fixed=(), reads=(), published=None):
+def read_args(argv, settings, preset, tasks, fixed=(), reads=()):
     """The arguments, `run`: a flag beats the checkpoint's value, which beats preset(arguments),
     which beats settings, {name: value or (value, help)}. What is `fixed` must agree with the
-    checkpoint; reads: other scripts whose checkpoints it takes; published: it reads --weights.
-    """
+    checkpoint; reads: other scripts whose checkpoints it takes."""
     parser = argparse.ArgumentParser(f"{SCRIPT}.py", None, __doc__.split("\n\n")[0], add_help=False,
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.error = fail
@@ -547,7 +536,7 @@ def read_args(argv, settings, preset, tasks, fixed=(), reads=(), published=None)
         parser.add_argument(f"--{key.replace('_', '-')}", default=value, help=text, **options)
     early, _ = parser.parse_known_args(argv)
     out, loaded, saved = f"runs/{SCRIPT}-{Path(early.dataset).resolve().name}", None, {}
-    weights = published and early.weights
+    weights = vars(early).get("weights")
     if bool(weights) + bool(early.checkpoint) + early.resume > 1:
         fail("--checkpoint, --weights and --resume exclude each other: leave out all but one")
     if weights:
@@ -597,7 +586,7 @@ def setup(run):
         run.device = torch.device(name)
         torch.zeros(1, device=run.device).item()
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"no device {name} here: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"no device {name} here: {error}") from error
     backend = {"backend": "gloo"}
     if run.device.type == "cuda":
         backend = {"backend": "nccl", "device_id": run.device}
@@ -611,8 +600,7 @@ def setup(run):
     again = run.checkpoint and run.results.get("arguments") == run.arguments  # was interrupted
     run.out.mkdir(parents=True, exist_ok=True)
     if RANK == 0 and not run.resume and not again and any(run.out.iterdir()):
-        raise ValueError(f"{run.out} is not empty: --resume continues a training there, --out "
-                         "names another folder")
+        raise ValueError(f"{run.out} is not empty: add --resume, or --out and another folder")
     if WORLD > 1:
         dist.init_process_group(**backend, timeout=datetime.timedelta(hours=2))  # for a download
     torch.manual_seed(run.seed)  # the same initial weights in every process
@@ -621,7 +609,7 @@ def setup(run):
 def load_folder(run):
     """As load_images, for the images below a folder; no training images unless run.needs_data. Sets
     run.unlabelled: the images in no class's folder."""
-    root, (H, W), files, errors, grey = Path(run.dataset), run.image_size, [], [], []
+    root, (H, W), files, errors = Path(run.dataset), run.image_size, [], []
     for folder, inner, names in os.walk(root, onerror=fail, followlinks=True):
         here = Path(folder)
         if "results.json" in names and here != root:  # a run folder
@@ -629,53 +617,46 @@ def load_folder(run):
         inner[:] = [name for name in inner if not re.match(SKIPPED, name) and not
                     here.resolve().is_relative_to((here / name).resolve())]  # a loop of links
         files += [here.relative_to(root) / name for name in names if not re.match(SKIPPED, name)]
-    tops = {path: path.parts[0].lower() for path in files if path.suffix.lower() in IMAGE_TYPES}
-    test = [name for name in ("test", "val", "valid", "validation") if name in tops.values()][:1]
-    split = bool(test) and "train" in tops.values()
-    if split:
-        rows = [(top in test, path) for path, top in tops.items() if top in ("train", *test)]
+    top = {path: path.parts[0].lower() for path in files if path.suffix.lower() in IMAGE_TYPES}
+    tests = [x for x in ("test", "val", "valid", "validation") if {"train", x} <= {*top.values()}]
+    if tests:
+        train, test = ([path for path in top if top[path] == name] for name in ("train", tests[0]))
     else:  # by a hash of the path: adding a file moves no other
-        keys = {path: zlib.crc32(path.as_posix().encode()) for path in tops}
-        least = min(keys, key=lambda path: (keys[path] % 10 > 0, keys[path]), default=None)
-        rows = [(keys[path] % 10 == 0 or path == least, path) for path in tops]
-    if len(rows) < len(files):
-        report(f"{root}: {len(files) - len(rows)} other files are left out")
-    if all(for_test for for_test, _ in rows):
-        raise ValueError(f"{root} has {len(rows)} images ({' '.join(IMAGE_TYPES)}): add some more")
-    class_of = {path: (*path.parts[split:-1], "")[0] for _, path in rows}
+        key = {path: zlib.crc32(path.as_posix().encode()) for path in top}
+        test = [path for path in top if key[path] % 10 == 0] or sorted(top, key=key.get)[:1]
+        train = top.keys() - test
+    if not train:
+        raise ValueError(f"{root} has {len(test)} images ({' '.join(IMAGE_TYPES)}): add some more")
+    if len(train) + len(test) < len(files):
+        print(f"{root}: {len(files) - len(train) - len(test)} other files are left out")
+    class_of = {path: (*path.parts[bool(tests) : -1], "")[0] for path in (*train, *test)}
     run.classes = run.classes or tuple(sorted({*class_of.values()} - {""}))
-    rows = sorted(row for row in rows if row[0] or run.needs_data)  # training images come first
-    run.unlabelled = [str(root / path) for _, path in rows if class_of[path] not in run.classes]
+    paths = sorted(train if run.needs_data else []) + sorted(test)
+    run.unlabelled = [str(root / path) for path in paths if class_of[path] not in run.classes]
     number = {name: i for i, name in enumerate(run.classes)}
-    labels = torch.tensor([number.get(class_of[path], -1) for _, path in rows])
+    labels = torch.tensor([number.get(class_of[path], -1) for path in paths])
     mode = "L" if run.image_channels == 1 else "RGB"
-    images = torch.empty(len(rows), len(mode), H, W, dtype=torch.uint8)
-
-    def read(i):
-        file = root / rows[i][1]
-        try:
-            image = Image.open(file)
-            if image.mode[0] in "IF":
-                raise ValueError("more than 8 bits per channel: convert it to 8")
-            with contextlib.suppress(Exception):  # ignore a broken EXIF block
-                image = ImageOps.exif_transpose(image)
-            if image.has_transparency_data:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            images[i] = pil_to_tensor(ImageOps.fit(image.convert(mode), (W, H)))
-            grey.append(torch.equal(images[i, :1].expand_as(images[i]), images[i]))
-        except Exception as error:  # whatever a broken file makes a decoder raise
-            errors.append(f"{file}: {error}")
-
+    images = torch.empty(len(paths), len(mode), H, W, dtype=torch.uint8)
     Image.MAX_IMAGE_PIXELS = None  # these limits are for servers: here the user chose the files
     PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**30
-    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:  # more would wait for Python
-        list(pool.map(read, range(len(rows))))
+    for i, path in enumerate(paths):
+        try:
+            image = Image.open(root / path)
+            if image.mode[0] in "IF":
+                raise ValueError("more than 8 bits per channel: convert it to 8")
+            image.draft(None, (4 * max(H, W), 4 * max(H, W)))  # faster: JPEG's own coarser sizes
+            with contextlib.suppress(Exception):  # ignore a broken EXIF block
+                image = ImageOps.exif_transpose(image)
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            images[i] = pil_to_tensor(ImageOps.fit(image.convert(mode), (W, H)))
+        except Exception as error:  # whatever a broken file makes a decoder raise
+            errors.append(f"{root / path}: {error}")
     if errors:
-        raise ValueError(f"{len(errors)} of {len(rows)} images cannot be read: {min(errors)}")
-    if all(grey) and not run.image_channels:
-        images = images[:, :1].clone()
-    n = sum(not for_test for for_test, _ in rows)
+        raise ValueError(f"{len(errors)} of {len(paths)} images cannot be read: {errors[0]}")
+    if not run.image_channels and torch.equal(images[:, :1].expand_as(images), images):
+        images = images[:, :1].clone()  # all are grey
+    n = len(paths) - len(test)
     return (images[:n], labels[:n]), (images[n:], labels[n:])
 
 
@@ -691,8 +672,7 @@ def load_images(run):
         try:
             parts = [kind(root, train=train, download=not own) for train in (True, False)]
         except (RuntimeError, OSError) as error:
-            raise OSError(f"cannot download {run.dataset} ({error}): put torchvision's copy "
-                          f"below {root}") from error
+            raise OSError(f"cannot download data or find them below {root}: {error}") from error
         if RANK == 0 and WORLD > 1:
             dist.barrier()
         run.classes = tuple(parts[0].classes)
@@ -717,7 +697,7 @@ def load_data(run):
     except (ValueError, OSError) as error:
         if not run.checkpoint or run.task != "sample":
             raise
-        report(f"process.png lacks its first row: {error}")
+        print(f"process.png lacks its first row: {error}")
         return None
     order = torch.randperm(len(test[0]), generator=torch.Generator().manual_seed(run.seed))
     run.test, run.test_labels = (part[order].to(run.device) for part in test)
@@ -753,8 +733,6 @@ def save_checkpoint(path, state):
 def load_checkpoint(path, methods):
     """The checkpoint, on the CPU. weights_only keeps a hostile file from running code; torch.load
     accepts a flipped byte, the archive's checksums do not."""
-    if not Path(path).is_file():
-        raise ValueError(f"there is no checkpoint {path}")
     try:
         with zipfile.ZipFile(path) as archive:
             headers = [(r.file_size - r.compress_size, r.external_attr) for r in archive.infolist()]
@@ -763,35 +741,33 @@ def load_checkpoint(path, methods):
         state = torch.load(path, map_location="cpu", weights_only=True)
         method, _, _ = state["method"], state["ema"], state["settings"]["dataset"]
     except Exception as error:  # whatever a damaged file makes zipfile and the unpickler raise
-        raise ValueError(f"cannot read the checkpoint {path}: truncated, damaged, written by an "
-                         "older version or not by these scripts") from error
+        raise ValueError(f"cannot read the checkpoint {path}: missing, truncated, damaged, written "
+                         f"by an older version or not by these scripts: {error}") from error
     if method not in methods:
         raise ValueError(f"{path} is a checkpoint of {method}.py, not of {' or '.join(methods)}.py")
     return state
 
 
 def fit(net, loss_fn, data, run):
-    """Train to step run.steps, write log.jsonl and run.file, leave the EMA weights in net.
-
-    Each step draws rows of data, tensors of one length, for the scalar loss_fn(*rows). It depends
-    on the weights and (seed, step, process) alone: a resumed run equals an uninterrupted one.
-    """
+    """Train to step run.steps, write log.jsonl and run.file, leave the EMA weights in net. A step
+    draws rows of data, tensors of one length, for the scalar loss_fn(*rows). It depends on the
+    weights and (seed, step, process) alone: a resumed run equals an uninterrupted one."""
     if run.batch_size % WORLD:
         raise ValueError(f"--batch-size {run.batch_size} is not a multiple of {WORLD} processes")
     weights, log, step, start = list(net.parameters()), run.out / "log.jsonl", 0, time.time()
     optimizer = torch.optim.Adam(weights, run.lr, fused=True)
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     saved = {"model": net, "ema": ema, "optimizer": optimizer}
-    running = torch.zeros(2, device=run.device)  # sum and number of the losses since the last line
+    running = torch.zeros(3, device=run.device)  # since the last line: losses, their number, stops
     size = {"n": len(data[0]), "parameters": sum(p.numel() for p in weights)}
-    report(f"{[*data[0].shape]} data, {size['parameters']:,} parameters, to {run.out}")
+    print(f"{[*data[0].shape]} data, {size['parameters']:,} parameters, to {run.out}")
     if run.resume:
         step = run.loaded["step"]
         if step > run.steps:
             raise ValueError(f"--steps {run.steps}: the checkpoint has done {step} already")
         for key, part in saved.items():
             part.load_state_dict(run.loaded[key])
-        running += run.loaded["running"].to(run.device)
+        running[:2] += run.loaded["running"].to(run.device)
         if RANK == 0 and log.exists():  # later steps happen again: drop their lines
             lines = [line for line in log.read_text().splitlines() if line.endswith("}")]
             log.write_text("".join(f"{x}\n" for x in lines if json.loads(x)["step"] <= step))
@@ -814,48 +790,42 @@ def fit(net, loss_fn, data, run):
         optimizer.zero_grad()
         loss = loss_fn(*batch)
         loss.backward()
-        loss = loss.detach()
-        if WORLD > 1:  # loss and gradients become the means over all processes, in one message
-            parts = [loss, *[p.grad for p in weights]]
+        loss, stop = loss.detach(), torch.full_like(loss, len(signals))
+        if WORLD > 1:  # these and the gradients become means over all processes, in one message
+            parts = [loss, stop, *[p.grad for p in weights]]
             means = torch.cat([part.flatten() for part in parts]) / WORLD
             dist.all_reduce(means)
-            for part, mean in zip(parts, means.split([x.numel() for x in parts]), strict=True):
-                part.copy_(mean.view_as(part))
+            nn.utils.vector_to_parameters(means, parts)
         norm = nn.utils.clip_grad_norm_(weights, run.grad_clip or math.inf)
         finite = loss.isfinite() & norm.isfinite()  # a tensor: whoever reads it waits for the GPU
         optimizer.found_inf = 1 - finite.float()  # at 1 the fused Adam does nothing
         optimizer.step()
-        with torch.no_grad():
-            decay = min(run.ema_decay, (1 + step) / (10 + step))
-            torch._foreach_lerp_(list(ema.parameters()), weights, 1 - decay)
-            running += torch.where(finite, torch.stack([loss, torch.ones_like(loss)]), 0.0)
+        decay = min(run.ema_decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(list(ema.parameters()), [p.detach() for p in weights], 1 - decay)
+        running += torch.stack([torch.where(finite, loss, 0), finite, stop])
         stopped = bool(signals) and WORLD == 1
         if step == 1 or step % run.log_every == 0:
-            tally = torch.cat([running, running.new_full((1,), len(signals))])
-            if WORLD > 1:
-                dist.all_reduce(tally)  # all processes stop at the same step
-            total, count, stops = tally.tolist()
-            stopped = stops > 0
+            total, count, stops = running.tolist()
+            stopped = stops > 0  # in all processes alike
             running.zero_()
             if count == 0:
                 fail(f"no loss was finite since the last log line (step {step}): lower --lr")
             pace = (time.time() - start) / (step - first)  # seconds per step
             left = datetime.timedelta(seconds=round(pace * (run.steps - step)))
-            report(f"step {step} of {run.steps}: loss {total / count:.4f}, "
-                   f"{run.batch_size / pace:.0f} examples/s, {left} left")
+            print(f"step {step} of {run.steps}: loss {total / count:.4f}, "
+                  f"{run.batch_size / pace:.0f} examples/s, {left} left")
             line = {"step": step, "loss": total / count, "grad_norm": norm.item(), "lr": lr}
-            if RANK == 0:
-                with open(log, "a") as file:
-                    file.write(json.dumps(line) + "\n")
+            with open(log if RANK == 0 else os.devnull, "a") as file:
+                print(json.dumps(line), file=file)
         if RANK == 0 and (step % run.save_every == 0 or step == run.steps or stopped):
             state = {key: part.state_dict() for key, part in saved.items()}
-            state |= {"method": SCRIPT, "step": step, "running": running}
+            state |= {"method": SCRIPT, "step": step, "running": running[:2]}
             state["settings"] = {key: getattr(run, key) for key in run.keys}
             save_checkpoint(run.out / run.file, state)
     for number, handler in handlers.items():
         signal.signal(number, handler)
     if stopped:
-        report(f"stopped after step {step}, which is saved: continue with --resume")
+        print(f"stopped after step {step}, which is saved: continue with --resume")
         sys.exit(128 + (signals or [signal.SIGTERM])[0])
     net.eval().requires_grad_(False).load_state_dict(ema.state_dict())
     save_results(run, train={"step": step, **size, "seconds": round(time.time() - start, 1)})
@@ -865,11 +835,10 @@ def save_grid(images, path, columns, labels=()):
     """uint8 images (N, C, H, W) as one PNG, small ones enlarged; labels: a text beside each row."""
     images = nn.functional.interpolate(images.cpu(), scale_factor=max(1, 48 // images.shape[3]))
     grid = to_pil_image(make_grid(images, columns, pad_value=96))
-    if labels:
-        height, width = images.shape[2] + 2, 7 * max(map(len, labels))
-        grid = ImageOps.expand(grid, (width, 0, 0, 0), "white")
-        for row, label in enumerate(labels):
-            ImageDraw.Draw(grid).text((6, row * height + height // 2 - 5), label, fill="black")
+    height, width = images.shape[2] + 2, 7 * max(map(len, labels), default=0)
+    grid = ImageOps.expand(grid, (width, 0, 0, 0), "white")
+    for row, label in enumerate(labels):
+        ImageDraw.Draw(grid).text((6, row * height + height // 2 - 5), label, fill="black")
     if RANK == 0:
         grid.save(path)
 
@@ -877,7 +846,7 @@ def save_grid(images, path, columns, labels=()):
 def save_images(draw, run):
     """Make images/NNNNNN.png of draw(first, n, record) -> (n, C, H, W) uint8, in batches: functions
     of (seed, first), so that processes share them and what exists is not drawn again. Returns at
-    most 100 images, and the states of the first batch if this call drew it."""
+    most 100 images, and in the first process the states of the first batch."""
     folder, record = run.out / "images", []
     if RANK == 0 and run.results.get("arguments") != run.arguments:
         shutil.rmtree(folder, ignore_errors=True)  # they are images of other settings
@@ -886,14 +855,13 @@ def save_images(draw, run):
     files = [folder / f"{i:06d}.png" for i in range(run.num_samples)]
     for first in range(0, run.num_samples, run.sample_batch_size)[RANK::WORLD]:
         batch = files[first : first + run.sample_batch_size]
-        done = batch if first else [*batch, run.out / "process.png"]
-        if not all(file.exists() for file in done):
+        if first == 0 or not all(file.exists() for file in batch):  # the first is recorded
             seed_all(run.seed, "batch", first)
             images = draw(first, len(batch), None if first else record).cpu()
             for image, file in zip(images, batch, strict=True):
                 to_pil_image(image).save(f"{file}.part", "png")
                 os.replace(f"{file}.part", file)
-            report(f"{first + len(batch)} of {run.num_samples} images")
+            print(f"{first + len(batch)} of {run.num_samples} images")
     if WORLD > 1:
         dist.barrier()
     seed_all(run.seed, "process")  # whichever batches were drawn here
@@ -912,8 +880,6 @@ def save_results(run, **entries):
 def do_tasks(run, tasks, also=()):
     """Do run.task and, after training for `sample`, the tasks `also`; what they return goes into
     results.json, with what it takes to repeat them."""
-    if run.checkpoint:  # the same command will continue
-        save_results(run, arguments=run.arguments)
     for name in (run.task, *(also if run.task == "sample" and not run.checkpoint else ())):
         seed_all(run.seed, name)
         start = time.time()
@@ -922,10 +888,10 @@ def do_tasks(run, tasks, also=()):
                     "dataset": run.dataset, "classes": run.classes, "seed": run.seed,
                     "torch": torch.__version__, "torchvision": torchvision.__version__,
                     "date": time.strftime("%Y-%m-%d"), "seconds": round(time.time() - start, 1)}
-        save_results(run, **{name: measured})
+        save_results(run, **{name: measured}, arguments=run.arguments)
     if WORLD > 1:
         dist.destroy_process_group()
-    report(f"{run.out} holds {', '.join(sorted(file.name for file in run.out.iterdir()))}")
+    print(f"{run.out} holds {', '.join(sorted(file.name for file in run.out.iterdir()))}")
 
 
 if __name__ == "__main__":
