@@ -521,11 +521,12 @@ SKIPPED = r"\.|__MACOSX$|Thumbs\.db$"  # files and folders in a folder of images
 IMAGE_TYPES = ".jpg .jpeg .jfif .png .webp .bmp .gif .tif .tiff .ppm .pgm".split()
 COMMON = dict(  # flags of every script beside its settings
     dataset=("digits", "digits, mnist, fashion_mnist, cifar10 or a folder of images"),
-    data_dir=("data", "where torchvision downloads to"), seed=(0, "of all random numbers"),
+    data_dir=("data", "where torchvision downloads to"),
     image_channels=(0, "1 for grey, 3 for colour, 0 for the images' own"),
     out=("", "run folder, by default runs/SCRIPT-DATASET, or TASK beside the checkpoint"),
     checkpoint=("", "do not train, take the EMA weights and settings of this file"),
     resume=(False, "continue the training in the run folder"),
+    seed=(0, "of all random numbers"),
     device=("auto", "cuda, mps or cpu; auto takes the first available"),
     compile=(False, "torch.compile the network"),
     bf16=(False, "run the network in bfloat16, except where likelihoods are measured"),
@@ -538,8 +539,8 @@ HELP = dict(  # of the settings that all scripts share
     grad_clip="largest gradient norm, 0: no limit", ema_decay="of averaged weights, 0: no average",
     channels="of the U-Net's first level", channel_mult="channels of each level / --channels",
     num_res_blocks="residual blocks per level", attention_resolutions="sizes with attention",
-    sample_batch_size="examples sampled or tested at a time", flip="mirror training images",
-    log_every="steps between log lines", save_every="steps between checkpoints",
+    sample_batch_size="examples sampled or tested at a time", log_every="steps between log lines",
+    flip="mirror training images at random", save_every="steps between checkpoints",
 )
 NETWORK = ("image_channels", "image_size", "channels", "channel_mult", "num_res_blocks",
            "attention_resolutions", "dropout")
@@ -711,8 +712,9 @@ def load_folder(run):
             image.draft(None, (4 * max(H, W), 4 * max(H, W)))  # faster: JPEG's own coarser sizes
             with contextlib.suppress(Exception):  # ignore a broken EXIF block
                 image = ImageOps.exif_transpose(image)
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             images[i] = pil_to_tensor(ImageOps.fit(image.convert(mode), (W, H)))
         except Exception as error:  # whatever a broken file makes a decoder raise
             errors.append(f"{root / path}: {error}")
@@ -859,7 +861,8 @@ def fit(net, loss_fn, data, run):
             parts = [loss, stop, *[p.grad for p in weights]]
             means = torch.cat([part.flatten() for part in parts]) / WORLD
             dist.all_reduce(means)
-            nn.utils.vector_to_parameters(means, parts)
+            for part, mean in zip(parts, means.split([x.numel() for x in parts]), strict=True):
+                part.copy_(mean.view_as(part))
         norm = nn.utils.clip_grad_norm_(weights, run.grad_clip or math.inf)
         finite = loss.isfinite() & norm.isfinite()  # a tensor: whoever reads it waits for the GPU
         optimizer.found_inf = 1 - finite.float()  # at 1 the fused Adam does nothing
