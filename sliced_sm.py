@@ -55,7 +55,11 @@ from unet import UNet
 
 # ---- The method ----------------------------------------------------------------------------------
 
+# the fused attention has no second derivative
+twice_differentiable = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
 
+
+@twice_differentiable
 def exact_score_matching(score, x):
     """Score matching (Hyvarinen 2005): tr(grad s) + 1/2 |s|^2, (B,), for x (B, ...).
 
@@ -95,6 +99,7 @@ def random_projection(x, kind):
     raise ValueError(f"projection is {kind!r}, not 'rademacher', 'gaussian' or 'sphere'")
 
 
+@twice_differentiable
 def sliced_score_matching(score, x, n_projections=1, projection="rademacher",
                           variance_reduced=True):
     """v^T grad(v^T s) + 1/2 (v^T s)^2, the mean of n_projections draws of v: (B,), for x (B, ...).
@@ -322,22 +327,15 @@ def to_uint8(x):
     return (x.clamp(0, 1) * 255).round().to(torch.uint8)
 
 
-def twice_differentiable(objective):
-    """The fused attention has no second derivative; "dsm" needs none and keeps it."""
-    backend = nn.attention.SDPBackend.MATH
-    return contextlib.nullcontext() if objective == "dsm" else nn.attention.sdpa_kernel(backend)
-
-
 def loss(run, batch):
     """The objective per dimension, weighted by sigma^2."""
     x = batch if run.dataset in TOYS else to_float(batch)
     options = (run.objective, run.num_projections, run.projection)
-    with twice_differentiable(run.objective):
-        if run.levels > 1:
-            total = noise_conditional_loss(run.score, x, run.sigmas, *options)
-        else:
-            total = noisy_score_matching(run.one_level, x, run.data_noise, *options).mean()
-            total = run.sigma_min**2 * total  # NCSN Eq. (6)'s weight
+    if run.levels > 1:
+        total = noise_conditional_loss(run.score, x, run.sigmas, *options)
+    else:
+        total = noisy_score_matching(run.one_level, x, run.data_noise, *options).mean()
+        total = run.sigma_min**2 * total  # NCSN Eq. (6)'s weight
     return total / x[0].numel()
 
 
@@ -393,8 +391,7 @@ def seconds(net, score, x, objective):
     times = []
     for _ in range(4):
         since = time.time()
-        with twice_differentiable(objective):
-            noisy_score_matching(score, x, 0.1, objective).mean().backward()
+        noisy_score_matching(score, x, 0.1, objective).mean().backward()
         sum(p.grad.sum() for p in net.parameters()).item()  # waits for a GPU
         net.zero_grad()
         times.append(time.time() - since)

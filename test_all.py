@@ -1994,9 +1994,9 @@ def test_networks_are_differentiated_twice(make):
     (x, v), weights = torch.randn(2, 2, 1, 8, 8).double(), list(net.parameters())
     x.requires_grad_()
 
+    @sliced_sm.twice_differentiable
     def loss():
-        with sliced_sm.twice_differentiable("ssm"):
-            out = (v * net(x, torch.ones(2))).sum()
+        out = (v * net(x, torch.ones(2))).sum()
         return (v * torch.autograd.grad(out, x, create_graph=True)[0]).sum()
 
     gradients = torch.autograd.grad(loss(), weights, materialize_grads=True)
