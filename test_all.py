@@ -3429,7 +3429,7 @@ def test_d3pm_of_a_text(folder, transition):
 def test_text_is_folded_and_split(folder):
     Path("book.txt").write_text("Ab\n9z " + "q" * 5000 + "xyz!")
     args = parse(d3pm, "--dataset", "book.txt", "--length", "10")
-    train, test = d3pm.load_text(args, train=True), d3pm.load_text(args, train=False)
+    train, test = d3pm.load_text(args)
     assert train.dtype == torch.uint8 and train[:5].tolist() == [0, 1, 26, 25, 26]
     assert test[-4:].tolist() == [23, 24, 25, 26] and d3pm.to_text(train[:5]) == "ab z "
     n = 5 + 5000 + 4
@@ -3437,7 +3437,7 @@ def test_text_is_folded_and_split(folder):
     assert args.layers == 3
     Path("german.txt").write_text("M\u00fc\u00dften \ufb01xe N\u00e4gel; " * 40, "utf-8-sig")
     args = parse(d3pm, "--dataset", "german.txt", "--length", "10")
-    assert d3pm.to_text(d3pm.load_text(args, True))[:19] == "mussten fixe nagel "
+    assert d3pm.to_text(d3pm.load_text(args)[0])[:19] == "mussten fixe nagel "
 
 
 def test_text8_is_downloaded_once(folder, monkeypatch, capsys):
