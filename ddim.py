@@ -73,9 +73,8 @@ class Schedule:
         self.alpha_bar = self.alpha.cumprod(0)  # Eq. (4)
         if self.alpha_bar[-1] < 1e-70:  # float32 cannot divide by its square root
             raise ValueError(f"alpha_bar_T is {self.alpha_bar[-1]:.0e}: lower T or beta_T")
-        self.beta_tilde = torch.zeros_like(self.beta)
-        ratio = (1 - self.alpha_bar[:-1]) / (1 - self.alpha_bar[1:])
-        self.beta_tilde[1:] = ratio * self.beta[1:]  # Eq. (7)
+        self.beta_tilde = self.beta.clone()  # at 0: 0
+        self.beta_tilde[1:] *= (1 - self.alpha_bar[:-1]) / (1 - self.alpha_bar[1:])  # Eq. (7)
 
     def to(self, device):
         """Move the tables, in place like a module (float32 on mps, which has no float64)."""
@@ -97,8 +96,7 @@ def q_sample(x_0, t, eps, schedule):
 
 
 def eps_model(net):
-    """model(x_t, t) for t = 1..T from a network that counts time from 0: the released weights
-    expect t - 1."""
+    """model(x_t, t), t in 1..T, of a network that counts from 0, as the released ones do."""
     return lambda x_t, t: net(x_t, t - 1)
 
 

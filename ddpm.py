@@ -73,9 +73,8 @@ class Schedule:
         self.alpha_bar = self.alpha.cumprod(0)  # Eq. (4)
         if self.alpha_bar[-1] < 1e-70:  # float32 cannot divide by its square root
             raise ValueError(f"alpha_bar_T is {self.alpha_bar[-1]:.0e}: lower T or beta_T")
-        self.beta_tilde = torch.zeros_like(self.beta)
-        ratio = (1 - self.alpha_bar[:-1]) / (1 - self.alpha_bar[1:])
-        self.beta_tilde[1:] = ratio * self.beta[1:]  # Eq. (7)
+        self.beta_tilde = self.beta.clone()  # at 0: 0
+        self.beta_tilde[1:] *= (1 - self.alpha_bar[:-1]) / (1 - self.alpha_bar[1:])  # Eq. (7)
 
     def to(self, device):
         """Move the tables, in place like a module (float32 on mps, which has no float64)."""
@@ -112,8 +111,7 @@ def predict_x_0(x_t, t, eps, schedule):
 
 
 def eps_model(net):
-    """model(x_t, t) for t = 1..T from a network that counts time from 0: the released weights
-    expect t - 1."""
+    """model(x_t, t), t in 1..T, of a network that counts from 0, as the released ones do."""
     return lambda x_t, t: net(x_t, t - 1)
 
 
@@ -225,8 +223,7 @@ def bits_per_dim(model, x_0, schedule, variance="large", clip=True):
 
 def rate_distortion(bits):
     """Table 4 from bits_per_dim's terms: rate (T,) in bits/dim and distortion (T,), an RMSE on the
-    scale 0..255, by reverse time r = T - t + 1: after x_T, ..., x_t are received, without L_0.
-    """
+    scale 0..255, by reverse time r = T - t + 1: after x_T, ..., x_t are received, without L_0."""
     received = torch.cat([bits["L_T"][:, None], bits["L_t"].flip(1)], dim=1)  # x_T, ..., x_1
     rate = received.mean(0).cumsum(0)  # Sec. 4.3
     return rate, bits["mse"].mean(0).flip(0).sqrt() * 127.5  # Sec. 4.3
@@ -301,13 +298,12 @@ def sample(run):
     images, record = save_images(draw, run)
     save_grid(images, run.out / "samples.png", columns=8)
     if record:
-        t, rows = torch.tensor(record_steps(run.T), device=run.device), []
+        t, rows = torch.tensor([0, *record_steps(run.T)], device=run.device), []
         if run.test is not None:
             x_0 = to_float(run.test[:1]).expand(len(record), -1, -1, -1)
-            t_0 = torch.cat([t.new_zeros(1), t])
-            rows.append(q_sample(x_0, t_0, torch.randn_like(x_0), run.schedule))
+            rows.append(q_sample(x_0, t, torch.randn_like(x_0), run.schedule))
         for x_t in torch.stack(record, dim=1)[:4]:  # (16, C, H, W): at the recorded steps, and x_0
-            _, _, x_0_hat = p_mean_variance(run.model, x_t[:-1], t.flip(0), *run.sampler)
+            _, _, x_0_hat = p_mean_variance(run.model, x_t[:-1], t[1:].flip(0), *run.sampler)
             rows += [x_t, torch.cat([x_0_hat, x_t[-1:]])]
         save_grid(to_uint8(torch.cat(rows)), run.out / "process.png", columns=len(record))
     return {"n": run.num_samples, "sampler": "Alg. 2", "evaluations": run.T,
