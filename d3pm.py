@@ -124,8 +124,7 @@ class CategoricalDiffusion:
     from `prior`, so that everything is a closed form in beta and alpha_bar. "gaussian": the T
     matrices and their products are tables (T + 1, K, K). Tables are float64. beta (T + 1,): None
     for the published one; mask: the absorbing state, None for K // 2. ValueError: anything
-    undefined, or the published Gaussian where K < 16 states are too far apart for it to mix.
-    """
+    undefined, or the published Gaussian where K < 16 states are too far apart for it to mix."""
 
     def __init__(self, K, T, transition="uniform", beta=None, mask=None):
         if transition not in ("uniform", "absorbing", "gaussian"):

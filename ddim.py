@@ -104,8 +104,7 @@ def ddim_loss(model, x_0, schedule):
     """Scalar: mean over the batch and all dimensions; x_0 in [-1, 1].
 
     It depends only on the marginals q(x_t | x_0), which the processes of all sigma share: one
-    network serves them all, and DDPM's will do (Theorem 1).
-    """
+    network serves them all, and DDPM's will do (Theorem 1)."""
     t = torch.randint(1, schedule.T + 1, (len(x_0),), device=x_0.device)
     eps = torch.randn_like(x_0)
     error = (model(q_sample(x_0, t, eps, schedule), t) - eps).square()
@@ -115,8 +114,7 @@ def ddim_loss(model, x_0, schedule):
 def timesteps(T, S, spacing="linear"):
     """tau: S distinct ascending ints of 1..T, the last T (Sec. 4.2, App. D.2). ValueError if S > T.
 
-    "linear": T i / S; "quadratic": T (i / S)^2, but at least i; rounded down, for i = 1..S.
-    """
+    "linear": T i / S; "quadratic": T (i / S)^2, but at least i; rounded down, for i = 1..S."""
     if not 1 <= S <= T:
         raise ValueError(f"{S} steps are not within 1..{T}")
     if spacing == "linear":
@@ -142,8 +140,7 @@ def ddim_step(x_t, eps, t, s, schedule, eta=0.0, noise=None, clip=False):
     """x_s, like x_t, with eps = model(x_t, t); ints t and s. ValueError unless eta is in [0, 1].
 
     noise ~ N(0, I) is drawn if None. clip: x_0_hat to [-1, 1], and eps derived again from it. With
-    eta = 0, and only then, s > t makes the same step towards the noise.
-    """
+    eta = 0, and only then, s > t makes the same step towards the noise."""
     if not 0 <= eta <= 1 or (eta > 0 and s > t):
         raise ValueError(f"eta is {eta} from t = {t} to {s}: it must be in [0, 1], 0 if s > t")
     alpha_bar_t, alpha_bar_s = schedule.alpha_bar[t], schedule.alpha_bar[s]
@@ -175,8 +172,7 @@ def ddim_sample(model, x_T, schedule, tau, eta=0.0, clip=False, sigma_hat=False,
     variance if tau = 1..T.
     sigma_hat: the mean of eta = 1 with the noise of DDPM's larger variance (App. D.3).
     gamma: of analytic_gamma; the mean of eta, noise of analytic_sigmas. ValueError with sigma_hat.
-    record: a list that gets x_t at 15 of tau's steps, from T down (all, if fewer), and x_0.
-    """
+    record: a list that gets x_t at 15 of tau's steps, from T down (all, if fewer), and x_0."""
     if sigma_hat and gamma is not None:
         raise ValueError("sigma_hat and gamma are two choices of the noise: take one of them")
     x_t, recorded, sigmas = x_T, () if record is None else record_steps(len(tau)), None
@@ -204,8 +200,7 @@ def ddim_encode(model, x_0, schedule, tau):
     """x_0 -> x_T, like x_0: the ODE that DDIM discretises, integrated upwards (Sec. 4.3).
 
     Each Euler step from s to the next t of tau takes eps at its start, (x_s, s), but gives the
-    model 1 for s = 0. len(tau) evaluations; ddim_sample with eta = 0 decodes (Table 2).
-    """
+    model 1 for s = 0. len(tau) evaluations; ddim_sample with eta = 0 decodes (Table 2)."""
     x_s, s = x_0, 0
     for t in tau:
         eps = model(x_s, torch.full((len(x_s),), max(s, 1), device=x_s.device))
@@ -216,8 +211,7 @@ def ddim_encode(model, x_0, schedule, tau):
 def slerp(z_0, z_1, fraction):
     """Spherical interpolation, like z_0: z_0 at fraction 0, z_1 at 1 (App. D.5).
 
-    Each image has its own angle, over all dimensions; at 0 or pi the mixing is linear. Fig. 6.
-    """
+    Each image has its own angle, over all dimensions; at 0 or pi the mixing is linear. Fig. 6."""
     a, b = z_0.flatten(1), z_1.flatten(1)
     cosine = (a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1))
     theta = cosine.clamp(-1, 1).arccos()[:, None]  # (B, 1)
@@ -237,8 +231,7 @@ def analytic_gamma(model, x_0, schedule):
     """(T + 1,) float64 on the CPU: at t the mean of |eps|^2 / d over x_0 (N, ...), with one x_t for
     each x_0; 0 at t = 0. The paper finds N = 10 enough; its Gamma is this over 1 - alpha_bar_t.
 
-    1 - gamma is the variance of the noise given x_t, so an estimate above 1 becomes 1.
-    """
+    1 - gamma is the variance of the noise given x_t, so an estimate above 1 becomes 1."""
     gamma = [x_0.new_zeros(())]
     for step in range(1, schedule.T + 1):
         t = torch.full((len(x_0),), step, device=x_0.device)
@@ -265,8 +258,7 @@ def analytic_sigmas(tau, gamma, schedule, eta=0.0, clip=True):
     """analytic_sigma of every step of tau, a list: [i] is that of the step from tau[i].
 
     As released, the last step adds no noise and, with clip, the one before it adds a noise whose
-    mean absolute value is at most two pixel levels of 2 / 255.
-    """
+    mean absolute value is at most two pixel levels of 2 / 255."""
     steps = zip(tau[1:], tau[:-1], strict=True)
     sigmas = [0.0, *(analytic_sigma(t, s, gamma, schedule, eta, clip) for t, s in steps)]
     if clip and len(tau) > 1:

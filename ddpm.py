@@ -139,8 +139,7 @@ def p_mean_variance(model, x_t, t, schedule, variance="large", clip=True):
     """Mean (B, ...), variance (B, 1, ..., 1) of p(x_{t-1} | x_t), Eq. (1), and x_0_hat; t in 1..T.
 
     variance "large": beta_t, best for x_0 ~ N(0, I); "small": beta_tilde_t, best for one fixed x_0
-    (Sec. 3.2). At t = 1 both are beta_tilde_2, as released: only the decoder, Eq. (13), uses it.
-    """
+    (Sec. 3.2). At t = 1 both are beta_tilde_2, as released: only the decoder, Eq. (13), uses it."""
     if variance not in ("large", "small"):
         raise ValueError(f"variance is {variance!r}, not 'large' or 'small'")
     x_0_hat = predict_x_0(x_t, t, model(x_t, t), schedule)  # Eq. (15)
@@ -162,8 +161,7 @@ def ddpm_sample(model, x_T, schedule, variance="large", clip=True, t_start=None,
     """Alg. 2: x_T ~ N(0, I) -> x_0, like x_T, in T evaluations of the model.
 
     t_start: begin at this step, with x_T as its x_t. record: a list that gets x_t at the steps of
-    record_steps, from t_start down, and x_0.
-    """
+    record_steps, from t_start down, and x_0."""
     x_t, t_start = x_T, schedule.T if t_start is None else t_start
     recorded = () if record is None else record_steps(t_start)
     for step in range(t_start, 0, -1):  # Alg. 2, line 2
@@ -182,8 +180,7 @@ def ddpm_sample(model, x_T, schedule, variance="large", clip=True, t_start=None,
 def decoder_log_prob(x_0, mean, var):
     """log p(x_0 | x_1) in nats, like x_0: the mass that N(mean, var) puts on each pixel's level.
 
-    x_0: 8-bit levels v as v / 127.5 - 1; the lowest and the highest level include the tails.
-    """
+    x_0: 8-bit levels v as v / 127.5 - 1; the lowest and the highest level include the tails."""
     upper = torch.where(x_0 > 0.999, math.inf, (x_0 + 1 / 255 - mean) / var.sqrt())  # Eq. (13)
     lower = torch.where(x_0 < -0.999, -math.inf, (x_0 - 1 / 255 - mean) / var.sqrt())  # Eq. (13)
     mass = torch.special.ndtr(upper) - torch.special.ndtr(lower)  # Eq. (13)
@@ -196,8 +193,7 @@ def bits_per_dim(model, x_0, schedule, variance="large", clip=True):
 
     x_0 is 8-bit data in [-1, 1]. Returns, in bits per dimension, "total" (B,), "L_T" (B,), "L_t"
     (B, T - 1): the KL terms of t = 2..T in this order, and "L_0" (B,); also "mse" (B, T): the mean
-    squared error of x_0_hat for t = 1..T, in x_0's units.
-    """
+    squared error of x_0_hat for t = 1..T, in x_0's units."""
     precise = schedule.beta.dtype
     terms, mse = [], []
     for step in range(1, schedule.T + 1):
@@ -233,8 +229,7 @@ def interpolate(model, x_0, x_0_prime, t, fractions, schedule, variance="large",
     """Fig. 8: images between x_0 and x_0_prime, both (B, ...), mixed as x_t: list of (B, ...).
 
     Each image is diffused to step t once, with noise of its own that stays fixed for all fractions
-    (the paper's lambda; 0: x_0, 1: x_0_prime); the mixture of both is decoded from step t on.
-    """
+    (the paper's lambda; 0: x_0, 1: x_0_prime); the mixture of both is decoded from step t on."""
     steps = torch.full((len(x_0),), t, device=x_0.device)
     x_t = q_sample(x_0, steps, torch.randn_like(x_0), schedule)
     x_t_prime = q_sample(x_0_prime, steps, torch.randn_like(x_0), schedule)

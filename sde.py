@@ -270,8 +270,7 @@ def pc_sample(score, sde, x_T, N=1000, predictor="reverse_diffusion", corrector=
 
     N (1 + corrector_steps) evaluations of the score, fewer with a "none", and one to denoise.
     constrain(x, t) replaces x, at the start and after every step. record: a list that gets x
-    at the steps of record_steps, from N down, and x_0. ValueError: see check_sampler.
-    """
+    at the steps of record_steps, from N down, and x_0. ValueError: see check_sampler."""
     check_sampler(sde, N, predictor, corrector)
     dt = (1 - sde.eps) / N
     times = torch.linspace(sde.eps, 1, N + 1, dtype=precision(x_T.device), device=x_T.device)

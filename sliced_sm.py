@@ -64,8 +64,7 @@ def exact_score_matching(score, x):
     """Score matching (Hyvarinen 2005): tr(grad s) + 1/2 |s|^2, (B,), for x (B, ...).
 
     One back-propagation for each of the d dimensions. Here and below each row of s depends on its
-    own row of x only, so the sum over the batch can be differentiated at once.
-    """
+    own row of x only, so the sum over the batch can be differentiated at once."""
     x = x.detach().requires_grad_()
     s = score(x)
     trace = 0
@@ -77,8 +76,7 @@ def exact_score_matching(score, x):
 
 def denoising_score_matching(score, x, sigma):
     """1/2 |s(x_tilde) + z / sigma|^2 at x_tilde = x + sigma z, (B,), for x (B, ...): it matches the
-    score of the data with noise. sigma: a number, or a tensor that broadcasts against x.
-    """
+    score of the data with noise. sigma: a number, or a tensor that broadcasts against x."""
     z = torch.randn_like(x)
     return 0.5 * (score(x + sigma * z) + z / sigma).square().flatten(1).sum(1)  # SSM, Sec. 2
 
@@ -86,8 +84,7 @@ def denoising_score_matching(score, x, sigma):
 def random_projection(x, kind):
     """v like x (B, ...) with E[v v^T] = I, of kind "rademacher", "gaussian" or "sphere".
 
-    The sphere's radius is sqrt(d); "rademacher", random signs, is exact for a diagonal Jacobian.
-    """
+    The sphere's radius is sqrt(d); "rademacher", random signs, is exact for a diagonal Jacobian."""
     if kind == "rademacher":
         return 2 * torch.randint_like(x, 2) - 1
     v = torch.randn_like(x)
@@ -105,8 +102,7 @@ def sliced_score_matching(score, x, n_projections=1, projection="rademacher",
     """v^T grad(v^T s) + 1/2 (v^T s)^2, the mean of n_projections draws of v: (B,), for x (B, ...).
 
     One back-propagation for each projection, whatever d. variance_reduced: 1/2 |s|^2, which is the
-    expectation of 1/2 (v^T s)^2, in its place (SSM-VR). ValueError: n_projections < 1.
-    """
+    expectation of 1/2 (v^T s)^2, in its place (SSM-VR). ValueError: n_projections < 1."""
     if n_projections < 1:
         raise ValueError(f"n_projections is {n_projections}, not at least 1")
     x = x.detach().requires_grad_()
@@ -127,8 +123,7 @@ def noisy_score_matching(score, x, sigma, objective="ssm-vr", n_projections=1,
 
     objective "sm": exact; "ssm", "ssm-vr": sliced, without and with reduced variance; "dsm":
     denoising. sigma: like denoising_score_matching's. ValueError: another objective, or "dsm" at
-    sigma 0.
-    """
+    sigma 0."""
     if objective == "dsm":
         if isinstance(sigma, (int, float)) and sigma <= 0:
             raise ValueError(f"sigma is {sigma}: 'dsm' needs noise")
@@ -145,8 +140,7 @@ def noisy_score_matching(score, x, sigma, objective="ssm-vr", n_projections=1,
 def noise_conditional_loss(score, x, sigmas, objective="ssm-vr", n_projections=1,
                            projection="rademacher"):
     """noisy_score_matching at a random level for each image, weighted by lambda = sigma^2: scalar,
-    the mean over the batch. x (B, ...), score(x, sigma), sigmas (L,).
-    """
+    the mean over the batch. x (B, ...), score(x, sigma), sigmas (L,)."""
     sigma = sigmas[torch.randint(len(sigmas), (len(x),), device=x.device)].to(x.dtype)  # (B,)
     loss = noisy_score_matching(lambda x: score(x, sigma), x, expand(sigma, x), objective,
                                 n_projections, projection)
@@ -177,8 +171,7 @@ def expand(a, x):
 def langevin(score, x, eps, T, record=None):
     """T steps of Langevin dynamics, each of size eps, from x (B, ...); here score(x) is like x.
 
-    record: a list to which at most 15 states are appended, evenly spaced, the last among them.
-    """
+    record: a list to which at most 15 states are appended, evenly spaced, the last among them."""
     recorded = record_steps(T)
     for t in range(1, T + 1):
         x = x + eps / 2 * score(x) + eps**0.5 * torch.randn_like(x)  # Eq. (4)
@@ -195,8 +188,7 @@ def record_steps(T):
 def geometric_sigmas(sigma_1, sigma_L, L):
     """Levels sigma_1 > ... > sigma_L, geometric, (L,) float64 (Sec. 4.1). L = 1: (sigma_L,).
 
-    ValueError unless L >= 1 and sigma_1 > sigma_L > 0 (or L = 1).
-    """
+    ValueError unless L >= 1 and sigma_1 > sigma_L > 0 (or L = 1)."""
     if L < 1 or sigma_L <= 0 or (L > 1 and sigma_1 <= sigma_L):
         raise ValueError(f"sigma from {sigma_1} to {sigma_L} in {L} levels: need L >= 1, falling")
     if L == 1:
@@ -209,8 +201,7 @@ def annealed_langevin(score, x, sigmas, eps, T, denoise=False, record=None):
     """Alg. 1 from x (B, ...), in the papers U[0, 1]: L T evaluations of score(x, sigma).
 
     eps: the step size at sigma_L. denoise: one more evaluation, for the mean of the data given x
-    (NCSNv2, Alg. 1). record: like langevin's, then the denoised state.
-    """
+    (NCSNv2, Alg. 1). record: like langevin's, then the denoised state."""
     recorded, step = record_steps(len(sigmas) * T), 0
     for sigma in sigmas:  # Alg. 1, line 2
         alpha = eps * sigma**2 / sigmas[-1] ** 2  # Alg. 1, line 3
@@ -432,8 +423,7 @@ def histogram(x, title, extent=10):
 
 def arrows(x, scores, title, extent=10):
     """scores, each (N, 2), as lines from the points x (N, 2) in histogram's square: the last one
-    thin and black, one before it thick and grey. |s| = 1 is a line of length 1/2, infinity of 1.
-    """
+    thin and black, one before it thick and grey. |s| = 1 is a line of length 1/2, infinity of 1."""
     picture = Image.new("L", (324, 324), 255)
     draw, styles = ImageDraw.Draw(picture), ((190, 5), (0, 1))
     for s, (shade, width) in zip(scores, styles[-len(scores):], strict=True):

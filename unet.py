@@ -125,8 +125,7 @@ class UNet(nn.Module):
     each other. t is embedded as it comes: DDPM's weights expect 0..T-1. ValueError: H or W is not
     a multiple of 2^(levels - 1), x has other channels, or groups cannot split the channels.
     block, down, up: the parts, and up_attends: whether all blocks on the way up may have attention,
-    or the last of each level (ScoreUNet).
-    """
+    or the last of each level (ScoreUNet)."""
 
     def __init__(self, in_channels=3, out_channels=3, channels=128, channel_mult=(1, 2, 2, 2),
                  num_res_blocks=2, attention_resolutions=(16,), dropout=0.1, image_size=32, *,
@@ -351,8 +350,7 @@ class ScoreUNet(UNet):
     3. fir: resample with the filter [1, 3, 3, 1]; otherwise with means of 2 x 2 pixels and copies.
     4. progressive_input ("residual"): a pyramid of ever smaller images is added at each level.
     5. fourier: the time enters by random Fourier features (Tancik et al. 2020, arXiv:2006.10739);
-       otherwise by DDPM's time_embedding.
-    """
+       otherwise by DDPM's time_embedding."""
 
     def __init__(self, in_channels=3, out_channels=3, num_res_blocks=4, channels=128,
                  channel_mult=(1, 2, 2, 2), attention_resolutions=(16,), dropout=0.1, image_size=32,
