@@ -274,8 +274,7 @@ SETTINGS = dict(  # CIFAR-10, with sources; every key is a flag
     channels=128, channel_mult=(1, 2, 2, 2), warmup=5000, grad_clip=1.0,  # DDPM's code
     lr_decay=0.0, num_samples=100, sample_batch_size=256, log_every=100, save_every=5000,  # ours
     T=(1000, "steps of the process (Sec. 5)"),
-    beta_1=(1e-4, "first variance (DDPM, Sec. 4)"),
-    beta_T=(0.02, "last variance (DDPM, Sec. 4)"),
+    beta_1=(1e-4, "first variance (DDPM, Sec. 4)"), beta_T=(0.02, "last variance (DDPM, Sec. 4)"),
     num_steps=(100, "S, network evaluations of a sample (Table 1)"),
     spacing=(("quadratic", "linear"), "of the steps that are visited (App. D.2)"),
     eta=(0.0, "0: DDIM, 1: DDPM (Eq. 16)"),
@@ -323,13 +322,12 @@ def optimal_gamma(run):
     """analytic_gamma of 256 training images, kept beside the checkpoint as gamma.pt."""
     beside = run.checkpoint and not run.weights  # published weights lie in no run folder
     folder = Path(run.checkpoint).parent if beside else run.out
-    step, path, bf16 = run.arguments["step"], folder / "gamma.pt", run.bf16
+    step, path = run.arguments["step"], folder / "gamma.pt"
     saved = torch.load(path, weights_only=True) if path.exists() else {}
     if saved.get("step", -1) != step:
         few = torch.randperm(len(run.data[0]))[:256].to(run.data[0].device)
-        x_0, run.bf16 = to_float(run.data[0][few].to(run.device)), False
-        saved = {"step": step, "gamma": analytic_gamma(run.model, x_0, run.schedule)}
-        run.bf16 = bf16
+        model, x_0 = eps_model(run.net), to_float(run.data[0][few].to(run.device))  # in float32
+        saved = {"step": step, "gamma": analytic_gamma(model, x_0, run.schedule)}
         save_checkpoint(path, saved)
     return saved["gamma"]
 

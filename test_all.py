@@ -3255,11 +3255,12 @@ def test_published_weights_are_downloaded_once_in_either_format(folder, monkeypa
 def test_gamma_of_published_weights_is_not_that_of_others(folder, monkeypatch):
     """Two networks in neighbouring folders: neither takes the other's gamma.pt."""
     monkeypatch.setattr(ddim, "analytic_gamma", lambda model, *_: model.gamma)
+    monkeypatch.setattr(ddim, "eps_model", lambda net: net)
     for k in range(2):
-        args = SimpleNamespace(checkpoint="x/y", weights="x/y", out=folder / f"out{k}", bf16=False,
+        args = SimpleNamespace(checkpoint="x/y", weights="x/y", out=folder / f"out{k}",
                                arguments={"step": None}, data=(torch.zeros(4, 1, 2, 2),),
                                device="cpu", schedule=None)
-        args.model = SimpleNamespace(gamma=torch.tensor(float(k)))
+        args.net = SimpleNamespace(gamma=torch.tensor(float(k)))
         args.out.mkdir()
         assert ddim.optimal_gamma(args) == k and ddim.optimal_gamma(args) == k
 
