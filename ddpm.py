@@ -245,8 +245,7 @@ SETTINGS = dict(  # the paper's CIFAR-10 run, with sources; every key is a flag
     channels=128, channel_mult=(1, 2, 2, 2), warmup=5000, grad_clip=1.0,  # released code
     lr_decay=0.0, num_samples=100, sample_batch_size=256, log_every=100, save_every=5000,  # ours
     T=(1000, "steps of the process (Sec. 4)"),
-    beta_1=(1e-4, "first variance (Sec. 4)"),
-    beta_T=(0.02, "last variance (Sec. 4)"),
+    beta_1=(1e-4, "first variance (Sec. 4)"), beta_T=(0.02, "last variance (Sec. 4)"),
     objective=(("simple", "vlb"), "L_simple or L (Table 2)"),
     variance=(("large", "small"), "sigma_t^2: beta_t or beta_tilde_t (Sec. 3.2)"),
     clip=(True, "clip x_0_hat to [-1, 1] (released code)"),

@@ -70,11 +70,6 @@ def langevin(score, x, eps, T, record=None):
     return x
 
 
-def precision(device):
-    """The dtype of tables: float64, which only mps lacks."""
-    return torch.float32 if torch.device(device).type == "mps" else torch.float64
-
-
 def expand(a, x):
     """a (B,) -> (B, 1, ..., 1) in x's dtype, to multiply x (B, ...)."""
     return a.to(x.dtype).view(-1, *[1] * (x.dim() - 1))
@@ -390,7 +385,8 @@ def main(argv=None):
             run.levels = scales_technique2(run.sigma_max, run.sigma_min, data[0][0].numel())
         sigmas = geometric_sigmas(run.sigma_max, run.sigma_min, run.levels)
         run.eps = run.eps or 2 * step_technique4(sigmas, run.T)
-        run.sigmas = sigmas.to(run.device, precision(run.device))
+        table = torch.float32 if run.device.type == "mps" else torch.float64  # mps has no float64
+        run.sigmas = sigmas.to(run.device, table)
         run.chain = dict(sigmas=run.sigmas, eps=run.eps, T=run.T, denoise=run.denoise)
         run.measured = {key: getattr(run, key) for key in (*fixed, "T", "eps", "denoise")}
         run.measured["evaluations"] = run.levels * run.T + run.denoise

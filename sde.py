@@ -447,8 +447,7 @@ def classifier_model(net, sde):
 
 def class_log_prob(classifier, labels):
     """log_prob(x, t) -> (B,): log p(y | x(t)) of each image's label y in labels (B,)."""
-    y = labels[:, None]
-    return lambda x, t: classifier(x, t).log_softmax(1).gather(1, y)[:, 0]
+    return lambda x, t: classifier(x, t).log_softmax(1).gather(1, labels[:, None])[:, 0]
 
 
 def classifier_loss(classifier, x_0, labels, sde, t_min=1e-5):

@@ -157,11 +157,6 @@ def level_score_model(net, sigmas):
     return score
 
 
-def precision(device):
-    """The dtype of tables: float64, which only mps lacks."""
-    return torch.float32 if torch.device(device).type == "mps" else torch.float64
-
-
 def expand(a, x):
     """a (B,) -> (B, 1, ..., 1) in x's dtype, to multiply x (B, ...)."""
     return a.to(x.dtype).view(-1, *[1] * (x.dim() - 1))
@@ -253,12 +248,10 @@ SETTINGS = dict(  # NCSN's CIFAR-10, with sources; every key is a flag
     objective=(("ssm-vr", "ssm", "sm", "dsm"), "sliced (vr: less variance), exact, denoising"),
     projection=(("rademacher", "gaussian", "sphere"), "distribution of the projections"),
     num_projections=(1, "projections of each image (released code)"),
-    sigma_max=(1.0, "sigma_1 (Sec. 5)"),
-    sigma_min=(0.01, "sigma_L (Sec. 5)"),
+    sigma_max=(1.0, "sigma_1 (Sec. 5)"), sigma_min=(0.01, "sigma_L (Sec. 5)"),
     levels=(10, "L (Sec. 5); 1: not noise-conditional, and plain Langevin dynamics"),
     data_noise=(0.0, "noise of the data, with one level (Fig. 1)"),
-    T=(100, "Langevin steps at each level (Alg. 1)"),
-    eps=(2e-5, "step size of Alg. 1 (Sec. 5)"),
+    T=(100, "Langevin steps at each level (Alg. 1)"), eps=(2e-5, "step size of Alg. 1 (Sec. 5)"),
     denoise=(False, "end with the mean of the data given the last sample"),
     num_test=(500, "test images of task test"),
 )
@@ -481,7 +474,8 @@ def main(argv=None):
         check(run)
         sigmas = geometric_sigmas(run.sigma_max, run.sigma_min, run.levels)
         setup(run)
-        run.sigmas = sigmas.to(run.device, precision(run.device))
+        table = torch.float32 if run.device.type == "mps" else torch.float64  # mps has no float64
+        run.sigmas = sigmas.to(run.device, table)
         keys = ("objective", "levels", "projection", "num_projections", "data_noise", "eps")
         run.measured = {key: getattr(run, key) for key in keys}
         if run.dataset in TOYS:
