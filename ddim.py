@@ -58,7 +58,6 @@ from unet import UNet, published
 class Schedule:
     """Variances beta_1 ... beta_T, linear in t, of q(x_t | x_{t-1}) = N(sqrt(1 - beta_t) x_{t-1},
     beta_t I), and their products. Numbers are those of Ho et al. 2020.
-
     beta, alpha, alpha_bar, beta_tilde: (T + 1,) float64, indexed by the paper's t; entry 0 is the
     data: 0, 1, 1, 0. ValueError unless T >= 2, 0 < beta_1 <= beta_T < 1 and alpha_bar[T] > 1e-70.
     """
@@ -102,7 +101,6 @@ def eps_model(net):
 
 def ddim_loss(model, x_0, schedule):
     """Scalar: mean over the batch and all dimensions; x_0 in [-1, 1].
-
     It depends only on the marginals q(x_t | x_0), which the processes of all sigma share: one
     network serves them all, and DDPM's will do (Theorem 1)."""
     t = torch.randint(1, schedule.T + 1, (len(x_0),), device=x_0.device)
@@ -113,7 +111,6 @@ def ddim_loss(model, x_0, schedule):
 
 def timesteps(T, S, spacing="linear"):
     """tau: S distinct ascending ints of 1..T, the last T (Sec. 4.2, App. D.2). ValueError if S > T.
-
     "linear": T i / S; "quadratic": T (i / S)^2, but at least i; rounded down, for i = 1..S."""
     if not 1 <= S <= T:
         raise ValueError(f"{S} steps are not within 1..{T}")
@@ -138,7 +135,6 @@ def ddim_sigma(t, s, eta, schedule):
 
 def ddim_step(x_t, eps, t, s, schedule, eta=0.0, noise=None, clip=False):
     """x_s, like x_t, with eps = model(x_t, t); ints t and s. ValueError unless eta is in [0, 1].
-
     noise ~ N(0, I) is drawn if None. clip: x_0_hat to [-1, 1], and eps derived again from it. With
     eta = 0, and only then, s > t makes the same step towards the noise."""
     if not 0 <= eta <= 1 or (eta > 0 and s > t):
@@ -198,7 +194,6 @@ def ddim_sample(model, x_T, schedule, tau, eta=0.0, clip=False, sigma_hat=False,
 @torch.no_grad()
 def ddim_encode(model, x_0, schedule, tau):
     """x_0 -> x_T, like x_0: the ODE that DDIM discretises, integrated upwards (Sec. 4.3).
-
     Each Euler step from s to the next t of tau takes eps at its start, (x_s, s), but gives the
     model 1 for s = 0. len(tau) evaluations; ddim_sample with eta = 0 decodes (Table 2)."""
     x_s, s = x_0, 0
@@ -210,7 +205,6 @@ def ddim_encode(model, x_0, schedule, tau):
 
 def slerp(z_0, z_1, fraction):
     """Spherical interpolation, like z_0: z_0 at fraction 0, z_1 at 1 (App. D.5).
-
     Each image has its own angle, over all dimensions; at 0 or pi the mixing is linear. Fig. 6."""
     a, b = z_0.flatten(1), z_1.flatten(1)
     cosine = (a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1))
@@ -230,7 +224,6 @@ def slerp(z_0, z_1, fraction):
 def analytic_gamma(model, x_0, schedule):
     """(T + 1,) float64 on the CPU: at t the mean of |eps|^2 / d over x_0 (N, ...), with one x_t for
     each x_0; 0 at t = 0. The paper finds N = 10 enough; its Gamma is this over 1 - alpha_bar_t.
-
     1 - gamma is the variance of the noise given x_t, so an estimate above 1 becomes 1."""
     gamma = [x_0.new_zeros(())]
     for step in range(1, schedule.T + 1):
@@ -256,7 +249,6 @@ def analytic_sigma(t, s, gamma, schedule, eta=0.0, clip=True):
 
 def analytic_sigmas(tau, gamma, schedule, eta=0.0, clip=True):
     """analytic_sigma of every step of tau, a list: [i] is that of the step from tau[i].
-
     As released, the last step adds no noise and, with clip, the one before it adds a noise whose
     mean absolute value is at most two pixel levels of 2 / 255."""
     steps = zip(tau[1:], tau[:-1], strict=True)

@@ -58,7 +58,6 @@ from unet import UNet, published
 class Schedule:
     """Variances beta_1 ... beta_T, linear in t, of q(x_t | x_{t-1}) = N(sqrt(1 - beta_t) x_{t-1},
     beta_t I), and their products. Numbers are those of Ho et al. 2020.
-
     beta, alpha, alpha_bar, beta_tilde: (T + 1,) float64, indexed by the paper's t; entry 0 is the
     data: 0, 1, 1, 0. ValueError unless T >= 2, 0 < beta_1 <= beta_T < 1 and alpha_bar[T] > 1e-70.
     """
@@ -137,7 +136,6 @@ def vlb_loss(model, x_0, schedule):
 
 def p_mean_variance(model, x_t, t, schedule, variance="large", clip=True):
     """Mean (B, ...), variance (B, 1, ..., 1) of p(x_{t-1} | x_t), Eq. (1), and x_0_hat; t in 1..T.
-
     variance "large": beta_t, best for x_0 ~ N(0, I); "small": beta_tilde_t, best for one fixed x_0
     (Sec. 3.2). At t = 1 both are beta_tilde_2, as released: only the decoder, Eq. (13), uses it."""
     if variance not in ("large", "small"):
@@ -159,7 +157,6 @@ def record_steps(T):
 @torch.no_grad()
 def ddpm_sample(model, x_T, schedule, variance="large", clip=True, t_start=None, record=None):
     """Alg. 2: x_T ~ N(0, I) -> x_0, like x_T, in T evaluations of the model.
-
     t_start: begin at this step, with x_T as its x_t. record: a list that gets x_t at the steps of
     record_steps, from t_start down, and x_0."""
     x_t, t_start = x_T, schedule.T if t_start is None else t_start
@@ -179,7 +176,6 @@ def ddpm_sample(model, x_T, schedule, variance="large", clip=True, t_start=None,
 
 def decoder_log_prob(x_0, mean, var):
     """log p(x_0 | x_1) in nats, like x_0: the mass that N(mean, var) puts on each pixel's level.
-
     x_0: 8-bit levels v as v / 127.5 - 1; the lowest and the highest level include the tails."""
     upper = torch.where(x_0 > 0.999, math.inf, (x_0 + 1 / 255 - mean) / var.sqrt())  # Eq. (13)
     lower = torch.where(x_0 < -0.999, -math.inf, (x_0 - 1 / 255 - mean) / var.sqrt())  # Eq. (13)
@@ -190,7 +186,6 @@ def decoder_log_prob(x_0, mean, var):
 @torch.no_grad()
 def bits_per_dim(model, x_0, schedule, variance="large", clip=True):
     """The variational bound on -log2 p(x_0) per dimension, each term of Eq. (5) with one x_t.
-
     x_0 is 8-bit data in [-1, 1]. Returns, in bits per dimension, "total" (B,), "L_T" (B,), "L_t"
     (B, T - 1): the KL terms of t = 2..T in this order, and "L_0" (B,); also "mse" (B, T): the mean
     squared error of x_0_hat for t = 1..T, in x_0's units."""
@@ -227,7 +222,6 @@ def rate_distortion(bits):
 
 def interpolate(model, x_0, x_0_prime, t, fractions, schedule, variance="large", clip=True):
     """Fig. 8: images between x_0 and x_0_prime, both (B, ...), mixed as x_t: list of (B, ...).
-
     Each image is diffused to step t once, with noise of its own that stays fixed for all fractions
     (the paper's lambda; 0: x_0, 1: x_0_prime); the mixture of both is decoded from step t on."""
     steps = torch.full((len(x_0),), t, device=x_0.device)

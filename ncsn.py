@@ -60,7 +60,6 @@ from unet import UNet
 @torch.no_grad()
 def langevin(score, x, eps, T, record=None):
     """T steps of Langevin dynamics, each of size eps, from x (B, ...); here score(x) is like x.
-
     record: a list to which at most 15 states are appended, evenly spaced, the last among them."""
     recorded = record_steps(T)
     for t in range(1, T + 1):
@@ -82,7 +81,6 @@ def record_steps(T):
 
 def geometric_sigmas(sigma_1, sigma_L, L):
     """Levels sigma_1 > ... > sigma_L, geometric, (L,) float64 (Sec. 4.1). L = 1: (sigma_L,).
-
     ValueError unless L >= 1 and sigma_1 > sigma_L > 0 (or L = 1)."""
     if L < 1 or sigma_L <= 0 or (L > 1 and sigma_1 <= sigma_L):
         raise ValueError(f"sigma from {sigma_1} to {sigma_L} in {L} levels: need L >= 1, falling")
@@ -93,7 +91,6 @@ def geometric_sigmas(sigma_1, sigma_L, L):
 
 def ncsn_loss(score, x, sigmas):
     """Denoising score matching at a random level for each image, weighted by lambda = sigma^2.
-
     x (B, ...), sigmas (L,). Scalar: sum over dimensions, mean over the batch. A score of 0 has the
     same loss at every level, dim / 2 in expectation: hence this lambda (Sec. 4.2)."""
     sigma = sigmas[torch.randint(len(sigmas), (len(x),), device=x.device)].to(x.dtype)  # (B,)
@@ -106,7 +103,6 @@ def ncsn_loss(score, x, sigmas):
 @torch.no_grad()
 def annealed_langevin(score, x, sigmas, eps, T, denoise=False, record=None):
     """Alg. 1 from x (B, ...), in the papers U[0, 1]: L T evaluations of score(x, sigma).
-
     eps: the step size at sigma_L. denoise: one more evaluation, for the mean of the data given x
     (NCSNv2, Alg. 1). record: like langevin's, then the denoised state."""
     recorded, step = record_steps(len(sigmas) * T), 0
@@ -129,7 +125,6 @@ def annealed_langevin(score, x, sigmas, eps, T, denoise=False, record=None):
 @torch.no_grad()
 def inpaint(score, x, mask, x_init, sigmas, eps, T, denoise=False, record=None):
     """Alg. 2, Fig. 6: images like x whose pixels are x's, with noise sigma_L, where mask is 1.
-
     x (B, ...): the given images, mask: 0 or 1, broadcasts against x; x_init (B, ...): the chain's
     start, in the papers U[0, 1]. The other arguments are those of annealed_langevin; denoise ends
     with the mean of the data given x_t, also where mask is 1 (ours)."""
@@ -181,7 +176,6 @@ def max_pairwise_distance(data):
 
 def scales_technique2(sigma_1, sigma_L, dim):
     """Technique 2: the number of levels at which neighbours overlap by 0.5, rounded, at least 2.
-
     The norm of noise is about N(sqrt(dim) sigma, sigma^2 / 2); the overlap is the probability
     that a level's norm is within 3 deviations of the one above. ValueError unless sigma_1 > sigma_L
     > 0 and dim is 5 or more: below, all levels overlap by more."""
@@ -219,7 +213,6 @@ def noise_conditional_score(net, sigmas, settings):
 def step_technique4(sigmas, T):
     """Technique 4: the step a, in the sequel's convention x + a score + sqrt(2 a) z, with which T
     steps at a level leave noise of the level's variance; twice that is Alg. 1's eps.
-
     ValueError for a single level, which has no ratio."""
     if len(sigmas) < 2:
         raise ValueError("a single level has no ratio to derive a step from: --eps needs a number")

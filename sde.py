@@ -267,7 +267,6 @@ def check_sampler(sde, N, predictor, corrector):
 def pc_sample(score, sde, x_T, N=1000, predictor="reverse_diffusion", corrector="langevin",
               snr=0.16, corrector_steps=1, denoise=True, constrain=None, record=None):
     """Alg. 1: x_T ~ sde.prior -> x_0, like x_T.
-
     N (1 + corrector_steps) evaluations of the score, fewer with a "none", and one to denoise.
     constrain(x, t) replaces x, at the start and after every step. record: a list that gets x
     at the steps of record_steps, from N down, and x_0. ValueError: see check_sampler."""

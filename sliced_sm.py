@@ -62,7 +62,6 @@ twice_differentiable = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBack
 @twice_differentiable
 def exact_score_matching(score, x):
     """Score matching (Hyvarinen 2005): tr(grad s) + 1/2 |s|^2, (B,), for x (B, ...).
-
     One back-propagation for each of the d dimensions. Here and below each row of s depends on its
     own row of x only, so the sum over the batch can be differentiated at once."""
     x = x.detach().requires_grad_()
@@ -83,7 +82,6 @@ def denoising_score_matching(score, x, sigma):
 
 def random_projection(x, kind):
     """v like x (B, ...) with E[v v^T] = I, of kind "rademacher", "gaussian" or "sphere".
-
     The sphere's radius is sqrt(d); "rademacher", random signs, is exact for a diagonal Jacobian."""
     if kind == "rademacher":
         return 2 * torch.randint_like(x, 2) - 1
@@ -100,7 +98,6 @@ def random_projection(x, kind):
 def sliced_score_matching(score, x, n_projections=1, projection="rademacher",
                           variance_reduced=True):
     """v^T grad(v^T s) + 1/2 (v^T s)^2, the mean of n_projections draws of v: (B,), for x (B, ...).
-
     One back-propagation for each projection, whatever d. variance_reduced: 1/2 |s|^2, which is the
     expectation of 1/2 (v^T s)^2, in its place (SSM-VR). ValueError: n_projections < 1."""
     if n_projections < 1:
@@ -120,7 +117,6 @@ def sliced_score_matching(score, x, n_projections=1, projection="rademacher",
 def noisy_score_matching(score, x, sigma, objective="ssm-vr", n_projections=1,
                          projection="rademacher"):
     """An objective, (B,), for the score of x (B, ...) with noise sigma z; of x itself at sigma 0.
-
     objective "sm": exact; "ssm", "ssm-vr": sliced, without and with reduced variance; "dsm":
     denoising. sigma: like denoising_score_matching's. ValueError: another objective, or "dsm" at
     sigma 0."""
@@ -165,7 +161,6 @@ def expand(a, x):
 @torch.no_grad()
 def langevin(score, x, eps, T, record=None):
     """T steps of Langevin dynamics, each of size eps, from x (B, ...); here score(x) is like x.
-
     record: a list to which at most 15 states are appended, evenly spaced, the last among them."""
     recorded = record_steps(T)
     for t in range(1, T + 1):
@@ -182,7 +177,6 @@ def record_steps(T):
 
 def geometric_sigmas(sigma_1, sigma_L, L):
     """Levels sigma_1 > ... > sigma_L, geometric, (L,) float64 (Sec. 4.1). L = 1: (sigma_L,).
-
     ValueError unless L >= 1 and sigma_1 > sigma_L > 0 (or L = 1)."""
     if L < 1 or sigma_L <= 0 or (L > 1 and sigma_1 <= sigma_L):
         raise ValueError(f"sigma from {sigma_1} to {sigma_L} in {L} levels: need L >= 1, falling")
@@ -194,7 +188,6 @@ def geometric_sigmas(sigma_1, sigma_L, L):
 @torch.no_grad()
 def annealed_langevin(score, x, sigmas, eps, T, denoise=False, record=None):
     """Alg. 1 from x (B, ...), in the papers U[0, 1]: L T evaluations of score(x, sigma).
-
     eps: the step size at sigma_L. denoise: one more evaluation, for the mean of the data given x
     (NCSNv2, Alg. 1). record: like langevin's, then the denoised state."""
     recorded, step = record_steps(len(sigmas) * T), 0
