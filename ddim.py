@@ -341,8 +341,7 @@ def sample(run):
         rows = list(torch.stack(record, dim=1)[:8])  # (S + 1 or 16, C, H, W) each
         if run.test is not None:
             x_0 = to_float(run.test[:1]).expand(len(record), -1, -1, -1)
-            t = [0, *(run.tau[i - 1] for i in record_steps(len(run.tau)))]
-            t = torch.tensor(t, device=run.device)
+            t = torch.tensor([0, *run.tau])[[0, *record_steps(len(run.tau))]].to(run.device)
             rows.insert(0, q_sample(x_0, t, torch.randn_like(x_0), run.schedule))
         save_grid(to_uint8(torch.cat(rows)), run.out / "process.png", columns=len(record))
     return {"n": run.num_samples, "evaluations": len(run.tau), "spacing": run.spacing,

@@ -330,9 +330,9 @@ def inpainting(run):
     return {"n": len(x), "split": "test", "completions": 6, **run.measured}
 
 
-def histogram(x, title, extent=10):
-    """Points (N, 2) in a square of [-extent, extent]^2, y upwards, as an image (1, 324, 324)."""
-    counts = torch.histogramdd(x.cpu().flip(1), 81, range=[-extent, extent] * 2).hist.flip(0)
+def histogram(x, title):
+    """Points (N, 2) in the square [-10, 10]^2, y upwards, as an image (1, 324, 324)."""
+    counts = torch.histogramdd(x.cpu().flip(1), 81, range=[-10, 10] * 2).hist.flip(0)
     shade = 255 * (1 - (counts / counts.max().clamp(min=1)).sqrt())
     picture = to_pil_image(shade.to(torch.uint8)).resize((324, 324), Image.Resampling.NEAREST)
     ImageDraw.Draw(picture).text((6, 6), title, fill=0)

@@ -398,23 +398,23 @@ def mlp(d, width):
     return nn.Sequential(nn.Linear(d, width), *middle, nn.Linear(width, d))
 
 
-def histogram(x, title, extent=10):
-    """Points (N, 2) in a square of [-extent, extent]^2, y upwards, as an image (1, 324, 324)."""
-    counts = torch.histogramdd(x.cpu().flip(1), 81, range=[-extent, extent] * 2).hist.flip(0)
+def histogram(x, title):
+    """Points (N, 2) in the square [-10, 10]^2, y upwards, as an image (1, 324, 324)."""
+    counts = torch.histogramdd(x.cpu().flip(1), 81, range=[-10, 10] * 2).hist.flip(0)
     shade = 255 * (1 - (counts / counts.max().clamp(min=1)).sqrt())
     picture = to_pil_image(shade.to(torch.uint8)).resize((324, 324), Image.Resampling.NEAREST)
     ImageDraw.Draw(picture).text((6, 6), title, fill=0)
     return pil_to_tensor(picture)
 
 
-def arrows(x, scores, title, extent=10):
+def arrows(x, scores, title):
     """scores, each (N, 2), as lines from the points x (N, 2) in histogram's square: the last one
     thin and black, one before it thick and grey. |s| = 1 is a line of length 1/2, infinity of 1."""
     picture = Image.new("L", (324, 324), 255)
     draw, styles = ImageDraw.Draw(picture), ((190, 5), (0, 1))
     for s, (shade, width) in zip(scores, styles[-len(scores):], strict=True):
         lines = torch.cat([x, x + s / (1 + s.norm(dim=1, keepdim=True))], dim=1)  # x, y, x, y
-        for line in (162 * (1 + lines / extent * lines.new_tensor([1, -1, 1, -1]))).tolist():
+        for line in (162 * (1 + lines / 10 * lines.new_tensor([1, -1, 1, -1]))).tolist():
             draw.line(line, shade, width)
             draw.circle(line[:2], (width + 1) / 2, shade)
     draw.text((6, 6), title, fill=0)
