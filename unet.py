@@ -18,7 +18,6 @@ What the released code does and the paper does not say:
    start at almost zero: a new network returns about 0, and the first DDPM loss is 1.
 """
 
-import http.client
 import json
 import math
 import re
@@ -272,7 +271,7 @@ def download(url, files):
     for file in files:
         try:
             return torch.hub.download_url_to_file(f"{url}/{file.name}", file)
-        except (OSError, http.client.HTTPException) as error:
+        except Exception as error:  # whatever a server makes urllib raise
             reason = error
     first = files[0]
     raise OSError(f"cannot download {url}/{first.name} ({reason}): put it into {first.parent}")
@@ -386,13 +385,7 @@ class ScoreUNet(UNet):
         return states
 
 
-def ddpm_plus_plus(*args, **options):
-    """DDPM++, for the VP and sub-VP SDEs: t is 999 times the SDE's time, which ends at 1. Arguments
-    as ScoreUNet's, up to image_size; num_res_blocks is 4, or 8 for the deep network."""
-    return ScoreUNet(*args, **options)
-
-
-def ncsn_plus_plus(*args, **options):
-    """NCSN++ cont., for the VE SDE: t is log sigma, and the output / sigma is the score. Arguments
-    as for ddpm_plus_plus."""
-    return ScoreUNet(*args, **options, fir=True, progressive_input=True, fourier=True)
+# DDPM++, for the VP and sub-VP SDEs: t is 999 times the SDE's time, which ends at 1. NCSN++ cont.,
+# for the VE SDE: t is log sigma, and the output / sigma is the score.
+ddpm_plus_plus = ScoreUNet
+ncsn_plus_plus = partial(ScoreUNet, fir=True, progressive_input=True, fourier=True)
