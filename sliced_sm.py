@@ -129,8 +129,7 @@ def noisy_score_matching(score, x, sigma, objective="ssm-vr", n_projections=1,
         return exact_score_matching(score, x_tilde)
     if objective not in ("ssm", "ssm-vr"):
         raise ValueError(f"objective is {objective!r}, not 'sm', 'ssm', 'ssm-vr' or 'dsm'")
-    vr = objective == "ssm-vr"
-    return sliced_score_matching(score, x_tilde, n_projections, projection, vr)
+    return sliced_score_matching(score, x_tilde, n_projections, projection, objective == "ssm-vr")
 
 
 def noise_conditional_loss(score, x, sigmas, objective="ssm-vr", n_projections=1,
