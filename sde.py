@@ -110,12 +110,12 @@ class VP(SDE):
     """The variance preserving SDE: DDPM's noise in continuous time, beta(t) linear. x_0 in [-1, 1].
     Its methods return what VE's do."""
 
-    eps, data_range, prior_std = 1e-3, (-1.0, 1.0), 1.0
+    data_range, prior_std = (-1.0, 1.0), 1.0
 
-    def __init__(self, beta_min=0.1, beta_max=20.0):
+    def __init__(self, beta_min=0.1, beta_max=20.0, eps=1e-3):
         if not 0 < beta_min <= beta_max:
             raise ValueError(f"beta from {beta_min} to {beta_max} must be positive and not fall")
-        self.beta_min, self.beta_max = beta_min, beta_max
+        self.beta_min, self.beta_max, self.eps = beta_min, beta_max, eps
 
     def beta(self, t):
         return self.beta_min + t * (self.beta_max - self.beta_min)
@@ -191,9 +191,7 @@ def score_model(net, sde, T=None, log_sigma=False):
 def ddpm_process(T, beta_1, beta_T):
     """The VP SDE that DDPM discretises in T steps. Its first step, t = 1 / T, is where sampling
     and likelihood end (App. B)."""
-    sde = VP(T * beta_1, T * beta_T)
-    sde.eps = 1 / T
-    return sde
+    return VP(T * beta_1, T * beta_T, eps=1 / T)
 
 
 def perturb(x_0, t, sde):
