@@ -3298,6 +3298,7 @@ def test_ncsn_settings_tasks_and_toy(take, calls):
 
 def test_sliced_sm_trains_by_every_objective(take, calls, monkeypatch):
     take("sliced_sm")
+    calls.clear()  # of the training, where no test before has done it
     for task in ("sample", "test", "cost"):
         sliced_sm.main(["--checkpoint", "sliced_sm/checkpoint.pt", "--task", task])
         x = calls[0].x
@@ -3564,6 +3565,7 @@ def test_networks_of_the_paper_get_their_times(folder):
 
 def test_sde_gives_the_network_its_times(take, calls):
     take("sde", "ddpm")  # of ddpm: T = 20, beta from 0.008 to 0.04
+    calls.clear()  # of the training, where no test before has done it
     for name, first, last in (("sde", 999, 0.999), ("ddpm", 19, 0)):
         words = f"--checkpoint {name}/checkpoint.pt --num-steps 6 --sample-batch-size 2"
         words += f" --corrector-steps 1 --num-samples 3 --out {name}/new"
