@@ -406,8 +406,7 @@ TASKS = {f.__name__: f for f in (sample, sweep, reconstruct, interpolate)}
 
 def main(argv=None):
     with one_line_errors():
-        schedule_of = ("T", "beta_1", "beta_T")
-        run = read_args(argv, SETTINGS, preset, TASKS, schedule_of, reads=("ddpm",),
+        run = read_args(argv, SETTINGS, preset, TASKS, ("T", "beta_1", "beta_T"), reads=("ddpm",),
                         published=published)
         schedule = Schedule(run.T, run.beta_1, run.beta_T)
         steps = run.num_steps if run.task in ("sample", "interpolate") else 1  # others: fixed lists
