@@ -123,8 +123,7 @@ class CategoricalDiffusion:
     from `prior`, so that everything is a closed form in beta and alpha_bar. "gaussian": the T
     matrices and their products are tables (T + 1, K, K). Tables are float64. beta (T + 1,): None
     for the published one; mask: the absorbing state, None for K // 2. ValueError: anything
-    undefined, or the published Gaussian where K < 16 states are too far apart for it to mix.
-    """
+    undefined, or the published Gaussian where K < 16 states are too far apart for it to mix."""
 
     def __init__(self, K, T, transition="uniform", beta=None, mask=None):
         if transition not in ("uniform", "absorbing", "gaussian"):
@@ -436,9 +435,9 @@ def preset(args):
     return changes
 
 
-def load_text(run, train):
-    """-> (N,) uint8: the training or the test split of --dataset, text8 (downloaded once) or the
-    path of a UTF-8 file. 0..25 are the letters, 26 is what lies between words."""
+def load_text(run):
+    """The training and the test split, (N,) uint8 each, of --dataset, text8 (downloaded once) or
+    the path of a UTF-8 file. 0..25 are the letters, 26 is what lies between words."""
     if run.dataset == "text8":
         path = Path(run.data_dir, "text8.zip")
         if RANK > 0:
@@ -470,23 +469,23 @@ def load_text(run, train):
                          f"{run.length} needs {40 * run.length}")
     letters = torch.frombuffer(bytearray(text, "ascii"), dtype=torch.uint8) - ord("a")
     letters = letters.clamp(max=26)  # the space is far above
-    return letters[: len(text) * 9 // 10] if train else letters[len(text) * 19 // 20 :]
+    return letters[: len(text) * 9 // 10], letters[len(text) * 19 // 20 :]
 
 
 def load_chunks(run):
     """As load_data, for text: a training chunk begins at every character; they share memory."""
     run.test = None
     try:
-        test = load_text(run, train=False).unfold(0, run.length, run.length)
-        order = torch.randperm(len(test), generator=torch.Generator().manual_seed(run.seed))
-        run.test = test[order].to(run.device)
+        train, test = load_text(run)
     except (ValueError, OSError) as error:
         if not run.checkpoint or run.task != "sample":
             raise
         print(f"process.txt lacks its first part: {error}")
-    if not run.needs_data:
         return None
-    return [load_text(run, train=True).to(run.device).unfold(0, run.length, 1)]
+    test = test.unfold(0, run.length, run.length)
+    order = torch.randperm(len(test), generator=torch.Generator().manual_seed(run.seed))
+    run.test = test[order].to(run.device)
+    return [train.to(run.device).unfold(0, run.length, 1)] if run.needs_data else None
 
 
 def to_text(x):

@@ -57,7 +57,6 @@ from unet import UNet, published
 class Schedule:
     """Variances beta_1 ... beta_T, linear in t, of q(x_t | x_{t-1}) = N(sqrt(1 - beta_t) x_{t-1},
     beta_t I), and their products. Numbers are those of Ho et al. 2020.
-
     beta, alpha, alpha_bar, beta_tilde: (T + 1,) float64, indexed by the paper's t; entry 0 is the
     data: 0, 1, 1, 0. ValueError unless T >= 2, 0 < beta_1 <= beta_T < 1 and alpha_bar[T] > 1e-70.
     """
@@ -72,9 +71,8 @@ class Schedule:
         self.alpha_bar = self.alpha.cumprod(0)  # Eq. (4)
         if self.alpha_bar[-1] < 1e-70:  # float32 cannot divide by its square root
             raise ValueError(f"alpha_bar_T is {self.alpha_bar[-1]:.0e}: lower T or beta_T")
-        self.beta_tilde = torch.zeros_like(self.beta)
-        ratio = (1 - self.alpha_bar[:-1]) / (1 - self.alpha_bar[1:])
-        self.beta_tilde[1:] = ratio * self.beta[1:]  # Eq. (7)
+        self.beta_tilde = self.beta.clone()  # at 0: 0
+        self.beta_tilde[1:] *= (1 - self.alpha_bar[:-1]) / (1 - self.alpha_bar[1:])  # Eq. (7)
 
     def to(self, device):
         """Move the tables, in place like a module (float32 on mps, which has no float64)."""
@@ -96,17 +94,14 @@ def q_sample(x_0, t, eps, schedule):
 
 
 def eps_model(net):
-    """model(x_t, t) for t = 1..T from a network that counts time from 0: the released weights
-    expect t - 1."""
+    """model(x_t, t), t in 1..T, of a network that counts from 0, as the released ones do."""
     return lambda x_t, t: net(x_t, t - 1)
 
 
 def ddim_loss(model, x_0, schedule):
     """Scalar: mean over the batch and all dimensions; x_0 in [-1, 1].
-
     It depends only on the marginals q(x_t | x_0), which the processes of all sigma share: one
-    network serves them all, and DDPM's will do (Theorem 1).
-    """
+    network serves them all, and DDPM's will do (Theorem 1)."""
     t = torch.randint(1, schedule.T + 1, (len(x_0),), device=x_0.device)
     eps = torch.randn_like(x_0)
     error = (model(q_sample(x_0, t, eps, schedule), t) - eps).square()
@@ -115,9 +110,7 @@ def ddim_loss(model, x_0, schedule):
 
 def timesteps(T, S, spacing="linear"):
     """tau: S distinct ascending ints of 1..T, the last T (Sec. 4.2, App. D.2). ValueError if S > T.
-
-    "linear": T i / S; "quadratic": T (i / S)^2, but at least i; rounded down, for i = 1..S.
-    """
+    "linear": T i / S; "quadratic": T (i / S)^2, but at least i; rounded down, for i = 1..S."""
     if not 1 <= S <= T:
         raise ValueError(f"{S} steps are not within 1..{T}")
     if spacing == "linear":
@@ -141,10 +134,8 @@ def ddim_sigma(t, s, eta, schedule):
 
 def ddim_step(x_t, eps, t, s, schedule, eta=0.0, noise=None, clip=False):
     """x_s, like x_t, with eps = model(x_t, t); ints t and s. ValueError unless eta is in [0, 1].
-
     noise ~ N(0, I) is drawn if None. clip: x_0_hat to [-1, 1], and eps derived again from it. With
-    eta = 0, and only then, s > t makes the same step towards the noise.
-    """
+    eta = 0, and only then, s > t makes the same step towards the noise."""
     if not 0 <= eta <= 1 or (eta > 0 and s > t):
         raise ValueError(f"eta is {eta} from t = {t} to {s}: it must be in [0, 1], 0 if s > t")
     alpha_bar_t, alpha_bar_s = schedule.alpha_bar[t], schedule.alpha_bar[s]
@@ -176,8 +167,7 @@ def ddim_sample(model, x_T, schedule, tau, eta=0.0, clip=False, sigma_hat=False,
     variance if tau = 1..T.
     sigma_hat: the mean of eta = 1 with the noise of DDPM's larger variance (App. D.3).
     gamma: of analytic_gamma; the mean of eta, noise of analytic_sigmas. ValueError with sigma_hat.
-    record: a list that gets x_t at 15 of tau's steps, from T down (all, if fewer), and x_0.
-    """
+    record: a list that gets x_t at 15 of tau's steps, from T down (all, if fewer), and x_0."""
     if sigma_hat and gamma is not None:
         raise ValueError("sigma_hat and gamma are two choices of the noise: take one of them")
     x_t, recorded, sigmas = x_T, () if record is None else record_steps(len(tau)), None
@@ -203,10 +193,8 @@ def ddim_sample(model, x_T, schedule, tau, eta=0.0, clip=False, sigma_hat=False,
 @torch.no_grad()
 def ddim_encode(model, x_0, schedule, tau):
     """x_0 -> x_T, like x_0: the ODE that DDIM discretises, integrated upwards (Sec. 4.3).
-
     Each Euler step from s to the next t of tau takes eps at its start, (x_s, s), but gives the
-    model 1 for s = 0. len(tau) evaluations; ddim_sample with eta = 0 decodes (Table 2).
-    """
+    model 1 for s = 0. len(tau) evaluations; ddim_sample with eta = 0 decodes (Table 2)."""
     x_s, s = x_0, 0
     for t in tau:
         eps = model(x_s, torch.full((len(x_s),), max(s, 1), device=x_s.device))
@@ -216,9 +204,7 @@ def ddim_encode(model, x_0, schedule, tau):
 
 def slerp(z_0, z_1, fraction):
     """Spherical interpolation, like z_0: z_0 at fraction 0, z_1 at 1 (App. D.5).
-
-    Each image has its own angle, over all dimensions; at 0 or pi the mixing is linear. Fig. 6.
-    """
+    Each image has its own angle, over all dimensions; at 0 or pi the mixing is linear. Fig. 6."""
     a, b = z_0.flatten(1), z_1.flatten(1)
     cosine = (a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1))
     theta = cosine.clamp(-1, 1).arccos()[:, None]  # (B, 1)
@@ -237,9 +223,7 @@ def slerp(z_0, z_1, fraction):
 def analytic_gamma(model, x_0, schedule):
     """(T + 1,) float64 on the CPU: at t the mean of |eps|^2 / d over x_0 (N, ...), with one x_t for
     each x_0; 0 at t = 0. The paper finds N = 10 enough; its Gamma is this over 1 - alpha_bar_t.
-
-    1 - gamma is the variance of the noise given x_t, so an estimate above 1 becomes 1.
-    """
+    1 - gamma is the variance of the noise given x_t, so an estimate above 1 becomes 1."""
     gamma = [x_0.new_zeros(())]
     for step in range(1, schedule.T + 1):
         t = torch.full((len(x_0),), step, device=x_0.device)
@@ -264,10 +248,8 @@ def analytic_sigma(t, s, gamma, schedule, eta=0.0, clip=True):
 
 def analytic_sigmas(tau, gamma, schedule, eta=0.0, clip=True):
     """analytic_sigma of every step of tau, a list: [i] is that of the step from tau[i].
-
     As released, the last step adds no noise and, with clip, the one before it adds a noise whose
-    mean absolute value is at most two pixel levels of 2 / 255.
-    """
+    mean absolute value is at most two pixel levels of 2 / 255."""
     steps = zip(tau[1:], tau[:-1], strict=True)
     sigmas = [0.0, *(analytic_sigma(t, s, gamma, schedule, eta, clip) for t, s in steps)]
     if clip and len(tau) > 1:
@@ -283,8 +265,7 @@ SETTINGS = dict(  # CIFAR-10, with sources; every key is a flag
     channels=128, channel_mult=(1, 2, 2, 2), warmup=5000, grad_clip=1.0,  # DDPM's code
     lr_decay=0.0, num_samples=100, sample_batch_size=256, log_every=100, save_every=5000,  # ours
     T=(1000, "steps of the process (Sec. 5)"),
-    beta_1=(1e-4, "first variance (DDPM, Sec. 4)"),
-    beta_T=(0.02, "last variance (DDPM, Sec. 4)"),
+    beta_1=(1e-4, "first variance (DDPM, Sec. 4)"), beta_T=(0.02, "last variance (DDPM, Sec. 4)"),
     num_steps=(100, "S, network evaluations of a sample (Table 1)"),
     spacing=(("quadratic", "linear"), "of the steps that are visited (App. D.2)"),
     eta=(0.0, "0: DDIM, 1: DDPM (Eq. 16)"),
@@ -332,13 +313,12 @@ def optimal_gamma(run):
     """analytic_gamma of 256 training images, kept beside the checkpoint as gamma.pt."""
     beside = run.checkpoint and not run.weights  # published weights lie in no run folder
     folder = Path(run.checkpoint).parent if beside else run.out
-    step, path, bf16 = run.arguments["step"], folder / "gamma.pt", run.bf16
+    step, path = run.arguments["step"], folder / "gamma.pt"
     saved = torch.load(path, weights_only=True) if path.exists() else {}
     if saved.get("step", -1) != step:
         few = torch.randperm(len(run.data[0]))[:256].to(run.data[0].device)
-        x_0, run.bf16 = to_float(run.data[0][few].to(run.device)), False
-        saved = {"step": step, "gamma": analytic_gamma(run.model, x_0, run.schedule)}
-        run.bf16 = bf16
+        model, x_0 = eps_model(run.net), to_float(run.data[0][few].to(run.device))  # in float32
+        saved = {"step": step, "gamma": analytic_gamma(model, x_0, run.schedule)}
         save_checkpoint(path, saved)
     return saved["gamma"]
 
@@ -360,8 +340,7 @@ def sample(run):
         rows = list(torch.stack(record, dim=1)[:8])  # (S + 1 or 16, C, H, W) each
         if run.test is not None:
             x_0 = to_float(run.test[:1]).expand(len(record), -1, -1, -1)
-            t = [0, *(run.tau[i - 1] for i in record_steps(len(run.tau)))]
-            t = torch.tensor(t, device=run.device)
+            t = torch.tensor([0, *run.tau])[[0, *record_steps(len(run.tau))]].to(run.device)
             rows.insert(0, q_sample(x_0, t, torch.randn_like(x_0), run.schedule))
         save_grid(to_uint8(torch.cat(rows)), run.out / "process.png", columns=len(record))
     return {"n": run.num_samples, "evaluations": len(run.tau), "spacing": run.spacing,
@@ -426,8 +405,7 @@ TASKS = {f.__name__: f for f in (sample, sweep, reconstruct, interpolate)}
 
 def main(argv=None):
     with one_line_errors():
-        schedule_of = ("T", "beta_1", "beta_T")
-        run = read_args(argv, SETTINGS, preset, TASKS, schedule_of, reads=("ddpm",))
+        run = read_args(argv, SETTINGS, preset, TASKS, ("T", "beta_1", "beta_T"), reads=("ddpm",))
         schedule = Schedule(run.T, run.beta_1, run.beta_T)
         steps = run.num_steps if run.task in ("sample", "interpolate") else 1  # others: fixed lists
         run.tau = timesteps(run.T, steps, run.spacing)

@@ -57,7 +57,6 @@ from unet import UNet, published
 class Schedule:
     """Variances beta_1 ... beta_T, linear in t, of q(x_t | x_{t-1}) = N(sqrt(1 - beta_t) x_{t-1},
     beta_t I), and their products. Numbers are those of Ho et al. 2020.
-
     beta, alpha, alpha_bar, beta_tilde: (T + 1,) float64, indexed by the paper's t; entry 0 is the
     data: 0, 1, 1, 0. ValueError unless T >= 2, 0 < beta_1 <= beta_T < 1 and alpha_bar[T] > 1e-70.
     """
@@ -72,9 +71,8 @@ class Schedule:
         self.alpha_bar = self.alpha.cumprod(0)  # Eq. (4)
         if self.alpha_bar[-1] < 1e-70:  # float32 cannot divide by its square root
             raise ValueError(f"alpha_bar_T is {self.alpha_bar[-1]:.0e}: lower T or beta_T")
-        self.beta_tilde = torch.zeros_like(self.beta)
-        ratio = (1 - self.alpha_bar[:-1]) / (1 - self.alpha_bar[1:])
-        self.beta_tilde[1:] = ratio * self.beta[1:]  # Eq. (7)
+        self.beta_tilde = self.beta.clone()  # at 0: 0
+        self.beta_tilde[1:] *= (1 - self.alpha_bar[:-1]) / (1 - self.alpha_bar[1:])  # Eq. (7)
 
     def to(self, device):
         """Move the tables, in place like a module (float32 on mps, which has no float64)."""
@@ -111,8 +109,7 @@ def predict_x_0(x_t, t, eps, schedule):
 
 
 def eps_model(net):
-    """model(x_t, t) for t = 1..T from a network that counts time from 0: the released weights
-    expect t - 1."""
+    """model(x_t, t), t in 1..T, of a network that counts from 0, as the released ones do."""
     return lambda x_t, t: net(x_t, t - 1)
 
 
@@ -138,10 +135,8 @@ def vlb_loss(model, x_0, schedule):
 
 def p_mean_variance(model, x_t, t, schedule, variance="large", clip=True):
     """Mean (B, ...), variance (B, 1, ..., 1) of p(x_{t-1} | x_t), Eq. (1), and x_0_hat; t in 1..T.
-
     variance "large": beta_t, best for x_0 ~ N(0, I); "small": beta_tilde_t, best for one fixed x_0
-    (Sec. 3.2). At t = 1 both are beta_tilde_2, as released: only the decoder, Eq. (13), uses it.
-    """
+    (Sec. 3.2). At t = 1 both are beta_tilde_2, as released: only the decoder, Eq. (13), uses it."""
     if variance not in ("large", "small"):
         raise ValueError(f"variance is {variance!r}, not 'large' or 'small'")
     x_0_hat = predict_x_0(x_t, t, model(x_t, t), schedule)  # Eq. (15)
@@ -161,10 +156,8 @@ def record_steps(T):
 @torch.no_grad()
 def ddpm_sample(model, x_T, schedule, variance="large", clip=True, t_start=None, record=None):
     """Alg. 2: x_T ~ N(0, I) -> x_0, like x_T, in T evaluations of the model.
-
     t_start: begin at this step, with x_T as its x_t. record: a list that gets x_t at the steps of
-    record_steps, from t_start down, and x_0.
-    """
+    record_steps, from t_start down, and x_0."""
     x_t, t_start = x_T, schedule.T if t_start is None else t_start
     recorded = () if record is None else record_steps(t_start)
     for step in range(t_start, 0, -1):  # Alg. 2, line 2
@@ -182,9 +175,7 @@ def ddpm_sample(model, x_T, schedule, variance="large", clip=True, t_start=None,
 
 def decoder_log_prob(x_0, mean, var):
     """log p(x_0 | x_1) in nats, like x_0: the mass that N(mean, var) puts on each pixel's level.
-
-    x_0: 8-bit levels v as v / 127.5 - 1; the lowest and the highest level include the tails.
-    """
+    x_0: 8-bit levels v as v / 127.5 - 1; the lowest and the highest level include the tails."""
     upper = torch.where(x_0 > 0.999, math.inf, (x_0 + 1 / 255 - mean) / var.sqrt())  # Eq. (13)
     lower = torch.where(x_0 < -0.999, -math.inf, (x_0 - 1 / 255 - mean) / var.sqrt())  # Eq. (13)
     mass = torch.special.ndtr(upper) - torch.special.ndtr(lower)  # Eq. (13)
@@ -194,11 +185,9 @@ def decoder_log_prob(x_0, mean, var):
 @torch.no_grad()
 def bits_per_dim(model, x_0, schedule, variance="large", clip=True):
     """The variational bound on -log2 p(x_0) per dimension, each term of Eq. (5) with one x_t.
-
     x_0 is 8-bit data in [-1, 1]. Returns, in bits per dimension, "total" (B,), "L_T" (B,), "L_t"
     (B, T - 1): the KL terms of t = 2..T in this order, and "L_0" (B,); also "mse" (B, T): the mean
-    squared error of x_0_hat for t = 1..T, in x_0's units.
-    """
+    squared error of x_0_hat for t = 1..T, in x_0's units."""
     precise = schedule.beta.dtype
     terms, mse = [], []
     for step in range(1, schedule.T + 1):
@@ -224,8 +213,7 @@ def bits_per_dim(model, x_0, schedule, variance="large", clip=True):
 
 def rate_distortion(bits):
     """Table 4 from bits_per_dim's terms: rate (T,) in bits/dim and distortion (T,), an RMSE on the
-    scale 0..255, by reverse time r = T - t + 1: after x_T, ..., x_t are received, without L_0.
-    """
+    scale 0..255, by reverse time r = T - t + 1: after x_T, ..., x_t are received, without L_0."""
     received = torch.cat([bits["L_T"][:, None], bits["L_t"].flip(1)], dim=1)  # x_T, ..., x_1
     rate = received.mean(0).cumsum(0)  # Sec. 4.3
     return rate, bits["mse"].mean(0).flip(0).sqrt() * 127.5  # Sec. 4.3
@@ -233,10 +221,8 @@ def rate_distortion(bits):
 
 def interpolate(model, x_0, x_0_prime, t, fractions, schedule, variance="large", clip=True):
     """Fig. 8: images between x_0 and x_0_prime, both (B, ...), mixed as x_t: list of (B, ...).
-
     Each image is diffused to step t once, with noise of its own that stays fixed for all fractions
-    (the paper's lambda; 0: x_0, 1: x_0_prime); the mixture of both is decoded from step t on.
-    """
+    (the paper's lambda; 0: x_0, 1: x_0_prime); the mixture of both is decoded from step t on."""
     steps = torch.full((len(x_0),), t, device=x_0.device)
     x_t = q_sample(x_0, steps, torch.randn_like(x_0), schedule)
     x_t_prime = q_sample(x_0_prime, steps, torch.randn_like(x_0), schedule)
@@ -252,8 +238,7 @@ SETTINGS = dict(  # the paper's CIFAR-10 run, with sources; every key is a flag
     channels=128, channel_mult=(1, 2, 2, 2), warmup=5000, grad_clip=1.0,  # released code
     lr_decay=0.0, num_samples=100, sample_batch_size=256, log_every=100, save_every=5000,  # ours
     T=(1000, "steps of the process (Sec. 4)"),
-    beta_1=(1e-4, "first variance (Sec. 4)"),
-    beta_T=(0.02, "last variance (Sec. 4)"),
+    beta_1=(1e-4, "first variance (Sec. 4)"), beta_T=(0.02, "last variance (Sec. 4)"),
     objective=(("simple", "vlb"), "L_simple or L (Table 2)"),
     variance=(("large", "small"), "sigma_t^2: beta_t or beta_tilde_t (Sec. 3.2)"),
     clip=(True, "clip x_0_hat to [-1, 1] (released code)"),
@@ -300,13 +285,12 @@ def sample(run):
     images, record = save_images(draw, run)
     save_grid(images, run.out / "samples.png", columns=8)
     if record:
-        t, rows = torch.tensor(record_steps(run.T), device=run.device), []
+        t, rows = torch.tensor([0, *record_steps(run.T)], device=run.device), []
         if run.test is not None:
             x_0 = to_float(run.test[:1]).expand(len(record), -1, -1, -1)
-            t_0 = torch.cat([t.new_zeros(1), t])
-            rows.append(q_sample(x_0, t_0, torch.randn_like(x_0), run.schedule))
+            rows.append(q_sample(x_0, t, torch.randn_like(x_0), run.schedule))
         for x_t in torch.stack(record, dim=1)[:4]:  # (16, C, H, W): at the recorded steps, and x_0
-            _, _, x_0_hat = p_mean_variance(run.model, x_t[:-1], t.flip(0), *run.sampler)
+            _, _, x_0_hat = p_mean_variance(run.model, x_t[:-1], t[1:].flip(0), *run.sampler)
             rows += [x_t, torch.cat([x_0_hat, x_t[-1:]])]
         save_grid(to_uint8(torch.cat(rows)), run.out / "process.png", columns=len(record))
     return {"n": run.num_samples, "sampler": "Alg. 2", "evaluations": run.T,

@@ -59,20 +59,13 @@ from unet import UNet, published
 @torch.no_grad()
 def langevin(score, x, eps, T, record=None):
     """T steps of Langevin dynamics, each of size eps, from x (B, ...); here score(x) is like x.
-
-    record: a list to which at most 15 states are appended, evenly spaced, the last among them.
-    """
+    record: a list to which at most 15 states are appended, evenly spaced, the last among them."""
     recorded = record_steps(T)
     for t in range(1, T + 1):
         x = x + eps / 2 * score(x) + eps**0.5 * torch.randn_like(x)  # Eq. (4)
         if record is not None and t in recorded:
             record.append(x)
     return x
-
-
-def precision(device):
-    """The dtype of tables: float64, which only mps lacks."""
-    return torch.float32 if torch.device(device).type == "mps" else torch.float64
 
 
 def expand(a, x):
@@ -87,9 +80,7 @@ def record_steps(T):
 
 def geometric_sigmas(sigma_1, sigma_L, L):
     """Levels sigma_1 > ... > sigma_L, geometric, (L,) float64 (Sec. 4.1). L = 1: (sigma_L,).
-
-    ValueError unless L >= 1 and sigma_1 > sigma_L > 0 (or L = 1).
-    """
+    ValueError unless L >= 1 and sigma_1 > sigma_L > 0 (or L = 1)."""
     if L < 1 or sigma_L <= 0 or (L > 1 and sigma_1 <= sigma_L):
         raise ValueError(f"sigma from {sigma_1} to {sigma_L} in {L} levels: need L >= 1, falling")
     if L == 1:
@@ -99,10 +90,8 @@ def geometric_sigmas(sigma_1, sigma_L, L):
 
 def ncsn_loss(score, x, sigmas):
     """Denoising score matching at a random level for each image, weighted by lambda = sigma^2.
-
     x (B, ...), sigmas (L,). Scalar: sum over dimensions, mean over the batch. A score of 0 has the
-    same loss at every level, dim / 2 in expectation: hence this lambda (Sec. 4.2).
-    """
+    same loss at every level, dim / 2 in expectation: hence this lambda (Sec. 4.2)."""
     sigma = sigmas[torch.randint(len(sigmas), (len(x),), device=x.device)].to(x.dtype)  # (B,)
     z = torch.randn_like(x)
     s = score(x + expand(sigma, x) * z, sigma)
@@ -113,10 +102,8 @@ def ncsn_loss(score, x, sigmas):
 @torch.no_grad()
 def annealed_langevin(score, x, sigmas, eps, T, denoise=False, record=None):
     """Alg. 1 from x (B, ...), in the papers U[0, 1]: L T evaluations of score(x, sigma).
-
     eps: the step size at sigma_L. denoise: one more evaluation, for the mean of the data given x
-    (NCSNv2, Alg. 1). record: like langevin's, then the denoised state.
-    """
+    (NCSNv2, Alg. 1). record: like langevin's, then the denoised state."""
     recorded, step = record_steps(len(sigmas) * T), 0
     for sigma in sigmas:  # Alg. 1, line 2
         alpha = eps * sigma**2 / sigmas[-1] ** 2  # Alg. 1, line 3
@@ -137,11 +124,9 @@ def annealed_langevin(score, x, sigmas, eps, T, denoise=False, record=None):
 @torch.no_grad()
 def inpaint(score, x, mask, x_init, sigmas, eps, T, denoise=False, record=None):
     """Alg. 2, Fig. 6: images like x whose pixels are x's, with noise sigma_L, where mask is 1.
-
     x (B, ...): the given images, mask: 0 or 1, broadcasts against x; x_init (B, ...): the chain's
     start, in the papers U[0, 1]. The other arguments are those of annealed_langevin; denoise ends
-    with the mean of the data given x_t, also where mask is 1 (ours).
-    """
+    with the mean of the data given x_t, also where mask is 1 (ours)."""
     x_t, recorded, step = x_init, record_steps(len(sigmas) * T), 0
     for sigma in sigmas:  # Alg. 2, line 2
         alpha = eps * sigma**2 / sigmas[-1] ** 2  # Alg. 2, line 3
@@ -190,11 +175,9 @@ def max_pairwise_distance(data):
 
 def scales_technique2(sigma_1, sigma_L, dim):
     """Technique 2: the number of levels at which neighbours overlap by 0.5, rounded, at least 2.
-
     The norm of noise is about N(sqrt(dim) sigma, sigma^2 / 2); the overlap is the probability
     that a level's norm is within 3 deviations of the one above. ValueError unless sigma_1 > sigma_L
-    > 0 and dim is 5 or more: below, all levels overlap by more.
-    """
+    > 0 and dim is 5 or more: below, all levels overlap by more."""
 
     def overlap(gamma):  # of levels sigma and gamma sigma
         shift = math.sqrt(2 * dim) * (gamma - 1)
@@ -229,9 +212,7 @@ def noise_conditional_score(net, sigmas, settings):
 def step_technique4(sigmas, T):
     """Technique 4: the step a, in the sequel's convention x + a score + sqrt(2 a) z, with which T
     steps at a level leave noise of the level's variance; twice that is Alg. 1's eps.
-
-    ValueError for a single level, which has no ratio.
-    """
+    ValueError for a single level, which has no ratio."""
     if len(sigmas) < 2:
         raise ValueError("a single level has no ratio to derive a step from: --eps needs a number")
     gamma = (sigmas[0] / sigmas[-1]).item() ** (1 / (len(sigmas) - 1))
@@ -348,9 +329,9 @@ def inpainting(run):
     return {"n": len(x), "split": "test", "completions": 6, **run.measured}
 
 
-def histogram(x, title, extent=10):
-    """Points (N, 2) in a square of [-extent, extent]^2, y upwards, as an image (1, 324, 324)."""
-    counts = torch.histogramdd(x.cpu().flip(1), 81, range=[-extent, extent] * 2).hist.flip(0)
+def histogram(x, title):
+    """Points (N, 2) in the square [-10, 10]^2, y upwards, as an image (1, 324, 324)."""
+    counts = torch.histogramdd(x.cpu().flip(1), 81, range=[-10, 10] * 2).hist.flip(0)
     shade = 255 * (1 - (counts / counts.max().clamp(min=1)).sqrt())
     picture = to_pil_image(shade.to(torch.uint8)).resize((324, 324), Image.Resampling.NEAREST)
     ImageDraw.Draw(picture).text((6, 6), title, fill=0)
@@ -396,7 +377,8 @@ def main(argv=None):
             run.levels = scales_technique2(run.sigma_max, run.sigma_min, data[0][0].numel())
         sigmas = geometric_sigmas(run.sigma_max, run.sigma_min, run.levels)
         run.eps = run.eps or 2 * step_technique4(sigmas, run.T)
-        run.sigmas = sigmas.to(run.device, precision(run.device))
+        table = torch.float32 if run.device.type == "mps" else torch.float64  # mps has no float64
+        run.sigmas = sigmas.to(run.device, table)
         run.chain = dict(sigmas=run.sigmas, eps=run.eps, T=run.T, denoise=run.denoise)
         run.measured = {key: getattr(run, key) for key in (*fixed, "T", "eps", "denoise")}
         run.measured["evaluations"] = run.levels * run.T + run.denoise

@@ -109,12 +109,12 @@ class VP(SDE):
     """The variance preserving SDE: DDPM's noise in continuous time, beta(t) linear. x_0 in [-1, 1].
     Its methods return what VE's do."""
 
-    eps, data_range, prior_std = 1e-3, (-1.0, 1.0), 1.0
+    data_range, prior_std = (-1.0, 1.0), 1.0
 
-    def __init__(self, beta_min=0.1, beta_max=20.0):
+    def __init__(self, beta_min=0.1, beta_max=20.0, eps=1e-3):
         if not 0 < beta_min <= beta_max:
             raise ValueError(f"beta from {beta_min} to {beta_max} must be positive and not fall")
-        self.beta_min, self.beta_max = beta_min, beta_max
+        self.beta_min, self.beta_max, self.eps = beta_min, beta_max, eps
 
     def beta(self, t):
         return self.beta_min + t * (self.beta_max - self.beta_min)
@@ -190,9 +190,7 @@ def score_model(net, sde, T=None, log_sigma=False):
 def ddpm_process(T, beta_1, beta_T):
     """The VP SDE that DDPM discretises in T steps. Its first step, t = 1 / T, is where sampling
     and likelihood end (App. B)."""
-    sde = VP(T * beta_1, T * beta_T)
-    sde.eps = 1 / T
-    return sde
+    return VP(T * beta_1, T * beta_T, eps=1 / T)
 
 
 def perturb(x_0, t, sde):
@@ -266,11 +264,9 @@ def check_sampler(sde, N, predictor, corrector):
 def pc_sample(score, sde, x_T, N=1000, predictor="reverse_diffusion", corrector="langevin",
               snr=0.16, corrector_steps=1, denoise=True, constrain=None, record=None):
     """Alg. 1: x_T ~ sde.prior -> x_0, like x_T.
-
     N (1 + corrector_steps) evaluations of the score, fewer with a "none", and one to denoise.
     constrain(x, t) replaces x, at the start and after every step. record: a list that gets x
-    at the steps of record_steps, from N down, and x_0. ValueError: see check_sampler.
-    """
+    at the steps of record_steps, from N down, and x_0. ValueError: see check_sampler."""
     check_sampler(sde, N, predictor, corrector)
     dt = (1 - sde.eps) / N
     times = torch.linspace(sde.eps, 1, N + 1, dtype=precision(x_T.device), device=x_T.device)
@@ -447,8 +443,7 @@ def classifier_model(net, sde):
 
 def class_log_prob(classifier, labels):
     """log_prob(x, t) -> (B,): log p(y | x(t)) of each image's label y in labels (B,)."""
-    y = labels[:, None]
-    return lambda x, t: classifier(x, t).log_softmax(1).gather(1, y)[:, 0]
+    return lambda x, t: classifier(x, t).log_softmax(1).gather(1, labels[:, None])[:, 0]
 
 
 def classifier_loss(classifier, x_0, labels, sde, t_min=1e-5):

@@ -54,13 +54,15 @@ from unet import UNet, published
 
 # ---- The method ----------------------------------------------------------------------------------
 
+# the fused attention has no second derivative
+twice_differentiable = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
 
+
+@twice_differentiable
 def exact_score_matching(score, x):
     """Score matching (Hyvarinen 2005): tr(grad s) + 1/2 |s|^2, (B,), for x (B, ...).
-
     One back-propagation for each of the d dimensions. Here and below each row of s depends on its
-    own row of x only, so the sum over the batch can be differentiated at once.
-    """
+    own row of x only, so the sum over the batch can be differentiated at once."""
     x = x.detach().requires_grad_()
     s = score(x)
     trace = 0
@@ -72,17 +74,14 @@ def exact_score_matching(score, x):
 
 def denoising_score_matching(score, x, sigma):
     """1/2 |s(x_tilde) + z / sigma|^2 at x_tilde = x + sigma z, (B,), for x (B, ...): it matches the
-    score of the data with noise. sigma: a number, or a tensor that broadcasts against x.
-    """
+    score of the data with noise. sigma: a number, or a tensor that broadcasts against x."""
     z = torch.randn_like(x)
     return 0.5 * (score(x + sigma * z) + z / sigma).square().flatten(1).sum(1)  # SSM, Sec. 2
 
 
 def random_projection(x, kind):
     """v like x (B, ...) with E[v v^T] = I, of kind "rademacher", "gaussian" or "sphere".
-
-    The sphere's radius is sqrt(d); "rademacher", random signs, is exact for a diagonal Jacobian.
-    """
+    The sphere's radius is sqrt(d); "rademacher", random signs, is exact for a diagonal Jacobian."""
     if kind == "rademacher":
         return 2 * torch.randint_like(x, 2) - 1
     v = torch.randn_like(x)
@@ -94,13 +93,12 @@ def random_projection(x, kind):
     raise ValueError(f"projection is {kind!r}, not 'rademacher', 'gaussian' or 'sphere'")
 
 
+@twice_differentiable
 def sliced_score_matching(score, x, n_projections=1, projection="rademacher",
                           variance_reduced=True):
     """v^T grad(v^T s) + 1/2 (v^T s)^2, the mean of n_projections draws of v: (B,), for x (B, ...).
-
     One back-propagation for each projection, whatever d. variance_reduced: 1/2 |s|^2, which is the
-    expectation of 1/2 (v^T s)^2, in its place (SSM-VR). ValueError: n_projections < 1.
-    """
+    expectation of 1/2 (v^T s)^2, in its place (SSM-VR). ValueError: n_projections < 1."""
     if n_projections < 1:
         raise ValueError(f"n_projections is {n_projections}, not at least 1")
     x = x.detach().requires_grad_()
@@ -118,11 +116,9 @@ def sliced_score_matching(score, x, n_projections=1, projection="rademacher",
 def noisy_score_matching(score, x, sigma, objective="ssm-vr", n_projections=1,
                          projection="rademacher"):
     """An objective, (B,), for the score of x (B, ...) with noise sigma z; of x itself at sigma 0.
-
     objective "sm": exact; "ssm", "ssm-vr": sliced, without and with reduced variance; "dsm":
     denoising. sigma: like denoising_score_matching's. ValueError: another objective, or "dsm" at
-    sigma 0.
-    """
+    sigma 0."""
     if objective == "dsm":
         if isinstance(sigma, (int, float)) and sigma <= 0:
             raise ValueError(f"sigma is {sigma}: 'dsm' needs noise")
@@ -132,15 +128,13 @@ def noisy_score_matching(score, x, sigma, objective="ssm-vr", n_projections=1,
         return exact_score_matching(score, x_tilde)
     if objective not in ("ssm", "ssm-vr"):
         raise ValueError(f"objective is {objective!r}, not 'sm', 'ssm', 'ssm-vr' or 'dsm'")
-    vr = objective == "ssm-vr"
-    return sliced_score_matching(score, x_tilde, n_projections, projection, vr)
+    return sliced_score_matching(score, x_tilde, n_projections, projection, objective == "ssm-vr")
 
 
 def noise_conditional_loss(score, x, sigmas, objective="ssm-vr", n_projections=1,
                            projection="rademacher"):
     """noisy_score_matching at a random level for each image, weighted by lambda = sigma^2: scalar,
-    the mean over the batch. x (B, ...), score(x, sigma), sigmas (L,).
-    """
+    the mean over the batch. x (B, ...), score(x, sigma), sigmas (L,)."""
     sigma = sigmas[torch.randint(len(sigmas), (len(x),), device=x.device)].to(x.dtype)  # (B,)
     loss = noisy_score_matching(lambda x: score(x, sigma), x, expand(sigma, x), objective,
                                 n_projections, projection)
@@ -157,11 +151,6 @@ def level_score_model(net, sigmas):
     return score
 
 
-def precision(device):
-    """The dtype of tables: float64, which only mps lacks."""
-    return torch.float32 if torch.device(device).type == "mps" else torch.float64
-
-
 def expand(a, x):
     """a (B,) -> (B, 1, ..., 1) in x's dtype, to multiply x (B, ...)."""
     return a.to(x.dtype).view(-1, *[1] * (x.dim() - 1))
@@ -170,9 +159,7 @@ def expand(a, x):
 @torch.no_grad()
 def langevin(score, x, eps, T, record=None):
     """T steps of Langevin dynamics, each of size eps, from x (B, ...); here score(x) is like x.
-
-    record: a list to which at most 15 states are appended, evenly spaced, the last among them.
-    """
+    record: a list to which at most 15 states are appended, evenly spaced, the last among them."""
     recorded = record_steps(T)
     for t in range(1, T + 1):
         x = x + eps / 2 * score(x) + eps**0.5 * torch.randn_like(x)  # Eq. (4)
@@ -188,9 +175,7 @@ def record_steps(T):
 
 def geometric_sigmas(sigma_1, sigma_L, L):
     """Levels sigma_1 > ... > sigma_L, geometric, (L,) float64 (Sec. 4.1). L = 1: (sigma_L,).
-
-    ValueError unless L >= 1 and sigma_1 > sigma_L > 0 (or L = 1).
-    """
+    ValueError unless L >= 1 and sigma_1 > sigma_L > 0 (or L = 1)."""
     if L < 1 or sigma_L <= 0 or (L > 1 and sigma_1 <= sigma_L):
         raise ValueError(f"sigma from {sigma_1} to {sigma_L} in {L} levels: need L >= 1, falling")
     if L == 1:
@@ -201,10 +186,8 @@ def geometric_sigmas(sigma_1, sigma_L, L):
 @torch.no_grad()
 def annealed_langevin(score, x, sigmas, eps, T, denoise=False, record=None):
     """Alg. 1 from x (B, ...), in the papers U[0, 1]: L T evaluations of score(x, sigma).
-
     eps: the step size at sigma_L. denoise: one more evaluation, for the mean of the data given x
-    (NCSNv2, Alg. 1). record: like langevin's, then the denoised state.
-    """
+    (NCSNv2, Alg. 1). record: like langevin's, then the denoised state."""
     recorded, step = record_steps(len(sigmas) * T), 0
     for sigma in sigmas:  # Alg. 1, line 2
         alpha = eps * sigma**2 / sigmas[-1] ** 2  # Alg. 1, line 3
@@ -256,12 +239,10 @@ SETTINGS = dict(  # NCSN's CIFAR-10, with sources; every key is a flag
     objective=(("ssm-vr", "ssm", "sm", "dsm"), "sliced (vr: less variance), exact, denoising"),
     projection=(("rademacher", "gaussian", "sphere"), "distribution of the projections"),
     num_projections=(1, "projections of each image (released code)"),
-    sigma_max=(1.0, "sigma_1 (Sec. 5)"),
-    sigma_min=(0.01, "sigma_L (Sec. 5)"),
+    sigma_max=(1.0, "sigma_1 (Sec. 5)"), sigma_min=(0.01, "sigma_L (Sec. 5)"),
     levels=(10, "L (Sec. 5); 1: not noise-conditional, and plain Langevin dynamics"),
     data_noise=(0.0, "noise of the data, with one level (Fig. 1)"),
-    T=(100, "Langevin steps at each level (Alg. 1)"),
-    eps=(2e-5, "step size of Alg. 1 (Sec. 5)"),
+    T=(100, "Langevin steps at each level (Alg. 1)"), eps=(2e-5, "step size of Alg. 1 (Sec. 5)"),
     denoise=(False, "end with the mean of the data given the last sample"),
     num_test=(500, "test images of task test"),
 )
@@ -321,22 +302,15 @@ def to_uint8(x):
     return (x.clamp(0, 1) * 255).round().to(torch.uint8)
 
 
-def twice_differentiable(objective):
-    """The fused attention has no second derivative; "dsm" needs none and keeps it."""
-    backend = nn.attention.SDPBackend.MATH
-    return contextlib.nullcontext() if objective == "dsm" else nn.attention.sdpa_kernel(backend)
-
-
 def loss(run, batch):
     """The objective per dimension, weighted by sigma^2."""
     x = batch if run.dataset in TOYS else to_float(batch)
     options = (run.objective, run.num_projections, run.projection)
-    with twice_differentiable(run.objective):
-        if run.levels > 1:
-            total = noise_conditional_loss(run.score, x, run.sigmas, *options)
-        else:
-            total = noisy_score_matching(run.one_level, x, run.data_noise, *options).mean()
-            total = run.sigma_min**2 * total  # NCSN Eq. (6)'s weight
+    if run.levels > 1:
+        total = noise_conditional_loss(run.score, x, run.sigmas, *options)
+    else:
+        total = noisy_score_matching(run.one_level, x, run.data_noise, *options).mean()
+        total = run.sigma_min**2 * total  # NCSN Eq. (6)'s weight
     return total / x[0].numel()
 
 
@@ -392,8 +366,7 @@ def seconds(net, score, x, objective):
     times = []
     for _ in range(4):
         since = time.time()
-        with twice_differentiable(objective):
-            noisy_score_matching(score, x, 0.1, objective).mean().backward()
+        noisy_score_matching(score, x, 0.1, objective).mean().backward()
         sum(p.grad.sum() for p in net.parameters()).item()  # waits for a GPU
         net.zero_grad()
         times.append(time.time() - since)
@@ -423,24 +396,23 @@ def mlp(d, width):
     return nn.Sequential(nn.Linear(d, width), *middle, nn.Linear(width, d))
 
 
-def histogram(x, title, extent=10):
-    """Points (N, 2) in a square of [-extent, extent]^2, y upwards, as an image (1, 324, 324)."""
-    counts = torch.histogramdd(x.cpu().flip(1), 81, range=[-extent, extent] * 2).hist.flip(0)
+def histogram(x, title):
+    """Points (N, 2) in the square [-10, 10]^2, y upwards, as an image (1, 324, 324)."""
+    counts = torch.histogramdd(x.cpu().flip(1), 81, range=[-10, 10] * 2).hist.flip(0)
     shade = 255 * (1 - (counts / counts.max().clamp(min=1)).sqrt())
     picture = to_pil_image(shade.to(torch.uint8)).resize((324, 324), Image.Resampling.NEAREST)
     ImageDraw.Draw(picture).text((6, 6), title, fill=0)
     return pil_to_tensor(picture)
 
 
-def arrows(x, scores, title, extent=10):
+def arrows(x, scores, title):
     """scores, each (N, 2), as lines from the points x (N, 2) in histogram's square: the last one
-    thin and black, one before it thick and grey. |s| = 1 is a line of length 1/2, infinity of 1.
-    """
+    thin and black, one before it thick and grey. |s| = 1 is a line of length 1/2, infinity of 1."""
     picture = Image.new("L", (324, 324), 255)
     draw, styles = ImageDraw.Draw(picture), ((190, 5), (0, 1))
     for s, (shade, width) in zip(scores, styles[-len(scores):], strict=True):
         lines = torch.cat([x, x + s / (1 + s.norm(dim=1, keepdim=True))], dim=1)  # x, y, x, y
-        for line in (162 * (1 + lines / extent * lines.new_tensor([1, -1, 1, -1]))).tolist():
+        for line in (162 * (1 + lines / 10 * lines.new_tensor([1, -1, 1, -1]))).tolist():
             draw.line(line, shade, width)
             draw.circle(line[:2], (width + 1) / 2, shade)
     draw.text((6, 6), title, fill=0)
@@ -493,7 +465,8 @@ def main(argv=None):
         check(run)
         sigmas = geometric_sigmas(run.sigma_max, run.sigma_min, run.levels)
         setup(run)
-        run.sigmas = sigmas.to(run.device, precision(run.device))
+        table = torch.float32 if run.device.type == "mps" else torch.float64  # mps has no float64
+        run.sigmas = sigmas.to(run.device, table)
         keys = ("objective", "levels", "projection", "num_projections", "data_noise", "eps")
         run.measured = {key: getattr(run, key) for key in keys}
         if run.dataset in TOYS:

@@ -1995,9 +1995,9 @@ def test_networks_are_differentiated_twice(make):
     (x, v), weights = torch.randn(2, 2, 1, 8, 8).double(), list(net.parameters())
     x.requires_grad_()
 
+    @sliced_sm.twice_differentiable
     def loss():
-        with sliced_sm.twice_differentiable("ssm"):
-            out = (v * net(x, torch.ones(2))).sum()
+        out = (v * net(x, torch.ones(2))).sum()
         return (v * torch.autograd.grad(out, x, create_graph=True)[0]).sum()
 
     gradients = torch.autograd.grad(loss(), weights, materialize_grads=True)
@@ -3199,11 +3199,12 @@ def test_scripts_sample_from_published_weights(folder, monkeypatch, capsys):
 def test_gamma_of_published_weights_is_not_that_of_others(folder, monkeypatch):
     """Two networks in neighbouring folders: neither takes the other's gamma.pt."""
     monkeypatch.setattr(ddim, "analytic_gamma", lambda model, *_: model.gamma)
+    monkeypatch.setattr(ddim, "eps_model", lambda net: net)
     for k in range(2):
-        args = SimpleNamespace(checkpoint="x/y", weights="x/y", out=folder / f"out{k}", bf16=False,
+        args = SimpleNamespace(checkpoint="x/y", weights="x/y", out=folder / f"out{k}",
                                arguments={"step": None}, data=(torch.zeros(4, 1, 2, 2),),
                                device="cpu", schedule=None)
-        args.model = SimpleNamespace(gamma=torch.tensor(float(k)))
+        args.net = SimpleNamespace(gamma=torch.tensor(float(k)))
         args.out.mkdir()
         assert ddim.optimal_gamma(args) == k and ddim.optimal_gamma(args) == k
 
@@ -3367,7 +3368,7 @@ def test_d3pm_of_a_text(folder, transition):
 def test_text_is_folded_and_split(folder):
     Path("short.txt").write_text("Ab\n9z " + "q" * 5000 + "xyz!")
     args = parse(d3pm, "--dataset", "short.txt", "--length", "10")
-    train, test = d3pm.load_text(args, train=True), d3pm.load_text(args, train=False)
+    train, test = d3pm.load_text(args)
     assert train.dtype == torch.uint8 and train[:5].tolist() == [0, 1, 26, 25, 26]
     assert test[-4:].tolist() == [23, 24, 25, 26] and d3pm.to_text(train[:5]) == "ab z "
     n = 5 + 5000 + 4
@@ -3375,7 +3376,7 @@ def test_text_is_folded_and_split(folder):
     assert args.layers == 3
     Path("german.txt").write_text("M\u00fc\u00dften \ufb01xe N\u00e4gel; " * 40, "utf-8-sig")
     args = parse(d3pm, "--dataset", "german.txt", "--length", "10")
-    assert d3pm.to_text(d3pm.load_text(args, True))[:19] == "mussten fixe nagel "
+    assert d3pm.to_text(d3pm.load_text(args)[0])[:19] == "mussten fixe nagel "
 
 
 def test_text8_is_downloaded_once(folder, monkeypatch, capsys):

@@ -18,10 +18,11 @@ What the released code does and the paper does not say:
    start at almost zero: a new network returns about 0, and the first DDPM loss is 1.
 """
 
-import http.client
 import json
 import math
 import re
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -40,20 +41,6 @@ def init(layer, scale=1.0):
 
 def group_norm(channels):
     return nn.GroupNorm(min(32, channels // 4), channels, eps=1e-6)
-
-
-def check_width(channels, channel_mult):
-    widest = 2 * channels * max(channel_mult)  # with its skip connection
-    if channels % (4 if widest <= 128 else 32):
-        raise ValueError(f"channels = {channels} does not split into groups: take a multiple "
-                         "of 32, or of 4 where channels * channel_mult is at most 64")
-
-
-def check_images(x, channels, multiple):
-    C, H, W = x.shape[1:]
-    if C != channels or H % multiple or W % multiple:
-        raise ValueError(f"images {C}x{H}x{W}: the network takes {channels} channels, "
-                         f"height and width must be multiples of {multiple}")
 
 
 def time_embedding(t, dim):
@@ -87,6 +74,8 @@ class Attention(nn.Module):
 class ResBlock(nn.Module):
     """Two convolutions with the time embedding between them; then the attention, if any."""
 
+    takes_skip = True  # on the way up it joins a state of the way down
+
     def __init__(self, in_channels, out_channels, temb_channels, dropout, attention):
         super().__init__()
         self.norm1 = group_norm(in_channels)
@@ -107,7 +96,7 @@ class ResBlock(nn.Module):
 
 
 class Downsample(nn.Module):
-    def __init__(self, channels):
+    def __init__(self, channels, *_):
         super().__init__()
         self.conv = init(nn.Conv2d(channels, channels, 3, stride=2))
 
@@ -116,7 +105,9 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    def __init__(self, channels):
+    takes_skip = False
+
+    def __init__(self, channels, *_):
         super().__init__()
         self.conv = init(nn.Conv2d(channels, channels, 3, padding=1))
 
@@ -132,14 +123,19 @@ class UNet(nn.Module):
     image_size / 2^i is one of attention_resolutions; H and W may differ from image_size and from
     each other. t is embedded as it comes: DDPM's weights expect 0..T-1. ValueError: H or W is not
     a multiple of 2^(levels - 1), x has other channels, or groups cannot split the channels.
-    """
+    block, down, up: the parts, and up_attends: whether all blocks on the way up may have attention,
+    or the last of each level (ScoreUNet)."""
 
     def __init__(self, in_channels=3, out_channels=3, channels=128, channel_mult=(1, 2, 2, 2),
-                 num_res_blocks=2, attention_resolutions=(16,), dropout=0.1, image_size=32):
+                 num_res_blocks=2, attention_resolutions=(16,), dropout=0.1, image_size=32, *,
+                 block=ResBlock, down=Downsample, up=Upsample, up_attends=True):
         super().__init__()
         self.in_channels, self.channels, self.num_res_blocks = in_channels, channels, num_res_blocks
         self.multiple = 2 ** (len(channel_mult) - 1)  # of H and W
-        check_width(channels, channel_mult)
+        widest = 2 * channels * max(channel_mult)  # with its skip connection
+        if channels % (4 if widest <= 128 else 32):
+            raise ValueError(f"channels = {channels} does not split into groups: take a multiple "
+                             "of 32, or of 4 where channels * channel_mult is at most 64")
         temb = 4 * channels
         first, second = init(nn.Linear(channels, temb)), init(nn.Linear(temb, temb))
         self.time_mlp = nn.Sequential(first, nn.SiLU(), second, nn.SiLU())  # the blocks' swish
@@ -150,39 +146,50 @@ class UNet(nn.Module):
         self.down, h, skips = nn.ModuleList(), channels, [channels]
         for i, width in enumerate(widths):
             for _ in range(num_res_blocks):
-                self.down.append(ResBlock(h, width, temb, dropout, attends[i]))
+                self.down.append(block(h, width, temb, dropout, attends[i]))
                 h = width
                 skips.append(h)
             if i < len(widths) - 1:
-                self.down.append(Downsample(h))
+                self.down.append(down(h, h, temb, dropout))
                 skips.append(h)
 
-        self.mid = nn.ModuleList([ResBlock(h, h, temb, dropout, a) for a in (True, False)])
+        self.mid = nn.ModuleList([block(h, h, temb, dropout, a) for a in (True, False)])
 
         self.up = nn.ModuleList()
         for i, width in reversed(list(enumerate(widths))):
-            for _ in range(num_res_blocks + 1):
-                self.up.append(ResBlock(h + skips.pop(), width, temb, dropout, attends[i]))
+            for j in range(num_res_blocks + 1):
+                attention = attends[i] and (up_attends or j == num_res_blocks)
+                self.up.append(block(h + skips.pop(), width, temb, dropout, attention))
                 h = width
             if i > 0:
-                self.up.append(Upsample(h))
+                self.up.append(up(h, h, temb, dropout))
 
         self.norm_out = group_norm(h)
         self.conv_out = init(nn.Conv2d(h, out_channels, 3, padding=1), scale=0)
 
+    def time_features(self, t):
+        return time_embedding(t, self.channels)  # (B, C)
+
+    def way_down(self, x, temb):
+        """The states (B, C, H, W) ... (B, C * mult[-1], H / multiple, W / multiple)."""
+        # a 1-channel x has no memory layout to pass on, so channels_last begins here
+        states = [self.conv_in(x).contiguous(memory_format=torch.channels_last)]
+        for module in self.down:
+            states.append(module(states[-1], temb))
+        return states
+
     def forward(self, x, t):
-        check_images(x, self.in_channels, self.multiple)
-        temb = self.time_mlp(time_embedding(t, self.channels).to(x.dtype))  # (B, 4 C)
-        # (B, C, H, W); a 1-channel x has no memory layout to pass on, so channels_last begins here
-        h = self.conv_in(x).contiguous(memory_format=torch.channels_last)
-        skips = [h]
-        for module in self.down:  # (B, C, H, W) -> (B, C * mult[-1], H / multiple, W / multiple)
-            h = module(h, temb)
-            skips.append(h)
+        C, H, W = x.shape[1:]
+        if C != self.in_channels or H % self.multiple or W % self.multiple:
+            raise ValueError(f"images {C}x{H}x{W}: the network takes {self.in_channels} channels, "
+                             f"height and width must be multiples of {self.multiple}")
+        temb = self.time_mlp(self.time_features(t).to(x.dtype))  # (B, 4 C)
+        skips = self.way_down(x, temb)
+        h = skips[-1]
         for module in self.mid:
             h = module(h, temb)
         for module in self.up:  # back to (B, C * mult[0], H, W)
-            if isinstance(module, ResBlock):
+            if module.takes_skip:
                 h = torch.cat([h, skips.pop()], dim=1)
             h = module(h, temb)
         return self.conv_out(F.silu(self.norm_out(h)))  # (B, out_channels, H, W)
@@ -264,7 +271,7 @@ def download(url, files):
     for file in files:
         try:
             return torch.hub.download_url_to_file(f"{url}/{file.name}", file)
-        except (OSError, http.client.HTTPException) as error:
+        except Exception as error:  # whatever a server makes urllib raise
             reason = error
     first = files[0]
     raise OSError(f"cannot download {url}/{first.name} ({reason}): put it into {first.parent}")
@@ -289,13 +296,6 @@ def published(name):
 
 
 # ---- DDPM++ and NCSN++ (arXiv:2011.13456, Sec. 4.4 and App. H) -----------------------------------
-
-
-def fourier_features(t, frequency):
-    """Random Fourier features (Tancik et al. 2020, arXiv:2006.10739): t (B,) -> (B, 2 dim)."""
-    angle = 2 * math.pi * t.float()[:, None] * frequency  # (B, dim)
-    return torch.cat([angle.sin(), angle.cos()], dim=1)
-
 
 # FIR resampling (Zhang 2019, arXiv:1904.11486) avoids aliasing with the filter [1, 3, 3, 1] / 8 in
 # each direction. It equals [1, 1] / 2 applied three times, and plain resampling applies it once.
@@ -325,6 +325,7 @@ class BigGANBlock(ResBlock):
                  resample=None, fir=False):
         super().__init__(in_channels, out_channels, temb_channels, dropout, attention)
         self.attends, self.resample, self.fir = attention, resample, fir
+        self.takes_skip = resample is None
         if resample is not None:  # as released, even if the number of channels stays the same
             self.shortcut = init(nn.Conv2d(in_channels, out_channels, 1))
         if attention:  # as released: a tenth of the variance of DDPM's q, k and v
@@ -340,92 +341,51 @@ class BigGANBlock(ResBlock):
         return self.attention(h) / math.sqrt(2) if self.attends else h
 
 
-class ScoreUNet(nn.Module):
-    """forward(x (B, in_channels, H, W), t (B,)) -> (B, out_channels, H, W).
+class ScoreUNet(UNet):
+    """forward, levels, widths and errors are those of UNet. What App. H changes:
 
-    Levels, widths and errors are those of UNet. What App. H changes:
     1. One more BigGANBlock halves the image after each level and doubles it on the way up.
     2. On the way up a level has one attention, after its num_res_blocks + 1 blocks (as released).
     3. fir: resample with the filter [1, 3, 3, 1]; otherwise with means of 2 x 2 pixels and copies.
     4. progressive_input ("residual"): a pyramid of ever smaller images is added at each level.
-    5. fourier: the time enters by random Fourier features; otherwise by DDPM's time_embedding.
-    """
+    5. fourier: the time enters by random Fourier features (Tancik et al. 2020, arXiv:2006.10739);
+       otherwise by DDPM's time_embedding."""
 
     def __init__(self, in_channels=3, out_channels=3, num_res_blocks=4, channels=128,
                  channel_mult=(1, 2, 2, 2), attention_resolutions=(16,), dropout=0.1, image_size=32,
                  *, fir=False, progressive_input=False, fourier=False):
-        super().__init__()
-        self.in_channels, self.channels = in_channels, channels
-        self.multiple = 2 ** (len(channel_mult) - 1)  # of H and W
-        check_width(channels, channel_mult)
-        temb, features = 4 * channels, 2 * channels if fourier else channels
-        first, second = init(nn.Linear(features, temb)), init(nn.Linear(temb, temb))
-        self.time_mlp = nn.Sequential(first, nn.SiLU(), second, nn.SiLU())
+        super().__init__(in_channels, out_channels, channels, channel_mult, num_res_blocks,
+                         attention_resolutions, dropout, image_size, block=BigGANBlock,
+                         down=partial(BigGANBlock, resample=halve, fir=fir),
+                         up=partial(BigGANBlock, resample=double, fir=fir), up_attends=False)
+        self.pyramid = nn.ModuleList()
+        inputs = [in_channels, *(channels * m for m in channel_mult[:-1])]
+        for above, below in pairwise(inputs if progressive_input else ()):
+            self.pyramid.append(init(nn.Conv2d(above, below, 3, stride=2)))
+        if fourier:
+            self.time_mlp[0] = init(nn.Linear(2 * channels, 4 * channels))
         frequency = 16 * torch.randn(channels) if fourier else None  # N(0, 16^2), never trained
         self.register_buffer("frequency", frequency)
-        self.conv_in = init(nn.Conv2d(in_channels, channels, 3, padding=1))
-        widths = [channels * m for m in channel_mult]
-        attends = [image_size / 2**i in attention_resolutions for i in range(len(widths))]
 
-        self.down, self.pyramid = nn.ModuleList(), nn.ModuleList()
-        h, skips, pyramid = channels, [channels], in_channels
-        for i, width in enumerate(widths):
-            for _ in range(num_res_blocks):
-                self.down.append(BigGANBlock(h, width, temb, dropout, attends[i]))
-                h = width
-                skips.append(h)
-            if i < len(widths) - 1:
-                self.down.append(BigGANBlock(h, h, temb, dropout, resample=halve, fir=fir))
-                skips.append(h)
-            if i < len(widths) - 1 and progressive_input:
-                self.pyramid.append(init(nn.Conv2d(pyramid, h, 3, stride=2)))
-                pyramid = h
-
-        self.mid = nn.ModuleList([BigGANBlock(h, h, temb, dropout, a) for a in (True, False)])
-
-        self.up = nn.ModuleList()
-        for i, width in reversed(list(enumerate(widths))):
-            for j in range(num_res_blocks + 1):
-                attention = attends[i] and j == num_res_blocks
-                self.up.append(BigGANBlock(h + skips.pop(), width, temb, dropout, attention))
-                h = width
-            if i > 0:
-                self.up.append(BigGANBlock(h, h, temb, dropout, resample=double, fir=fir))
-
-        self.norm_out = group_norm(h)
-        self.conv_out = init(nn.Conv2d(h, out_channels, 3, padding=1), scale=0)
-
-    def forward(self, x, t):
-        check_images(x, self.in_channels, self.multiple)
+    def time_features(self, t):
         if self.frequency is None:
-            features = time_embedding(t, self.channels)  # (B, C)
-        else:
-            features = fourier_features(t, self.frequency)  # (B, 2 C)
-        temb = self.time_mlp(features.to(x.dtype))  # (B, 4 C)
-        h = self.conv_in(x).contiguous(memory_format=torch.channels_last)  # (B, C, H, W)
-        skips, pyramid, convs = [h], x, iter(self.pyramid)
-        for block in self.down:  # -> (B, C * mult[-1], H / multiple, W / multiple)
-            h = block(h, temb)
+            return super().time_features(t)
+        angle = 2 * math.pi * t.float()[:, None] * self.frequency  # (B, C)
+        return torch.cat([angle.sin(), angle.cos()], dim=1)  # (B, 2 C)
+
+    def way_down(self, x, temb):
+        states, pyramid = [self.conv_in(x).contiguous(memory_format=torch.channels_last)], x
+        convs = iter(self.pyramid)
+        for block in self.down:
+            h = block(states[-1], temb)
             if self.pyramid and block.resample is not None:
                 pyramid = next(convs)(fir_blur(pyramid))  # now half as high and wide, like h
                 h = pyramid = (h + pyramid) / math.sqrt(2)
-            skips.append(h)
-        for block in self.mid:
-            h = block(h, temb)
-        for block in self.up:  # back to (B, C * mult[0], H, W)
-            if block.resample is None:
-                h = torch.cat([h, skips.pop()], dim=1)
-            h = block(h, temb)
-        return self.conv_out(F.silu(self.norm_out(h)))  # (B, out_channels, H, W)
+            states.append(h)
+        return states
 
 
-def ddpm_plus_plus(*args, **options):
-    """DDPM++, for the VP and sub-VP SDEs: t is 999 times the SDE's time, which ends at 1. Arguments
-    as ScoreUNet's, up to image_size; num_res_blocks is 4, or 8 for the deep network."""
-    return ScoreUNet(*args, **options)
-
-
-def ncsn_plus_plus(*args, **options):
-    """NCSN++ cont., for the VE SDE: t is log sigma, and the output / sigma is the score. Arguments
-    as for ddpm_plus_plus."""
-    return ScoreUNet(*args, **options, fir=True, progressive_input=True, fourier=True)
+# DDPM++, for the VP and sub-VP SDEs: t is 999 times the SDE's time, which ends at 1. NCSN++ cont.,
+# for the VE SDE: t is log sigma, and the output / sigma is the score.
+ddpm_plus_plus = ScoreUNet
+ncsn_plus_plus = partial(ScoreUNet, fir=True, progressive_input=True, fourier=True)
