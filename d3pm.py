@@ -1,7 +1,7 @@
 """Diffusion on categories: Multinomial Diffusion (Hoogeboom et al. 2021, arXiv:2102.05379) and D3PM
 (Austin, Johnson, Ho, Tarlow, van den Berg 2021, arXiv:2107.03006). Bare numbers are D3PM's.
 
-Implements: Eq. (1), (2), (3), (4), (5), (18); Table 1; and of Multinomial Diffusion Eq. (13).
+Implements: Eq. (1), (2), (3), (4), (5), (18); Table 1; of Multinomial Diffusion Eq. (13), (14).
 
     t               time, 1 (almost data) ... T (noise)         (B,) int64; the network gets t - 1
     x_0, x_t        data, and data after t steps of noise       (B, ...) int64 in 0..K-1
@@ -230,7 +230,7 @@ def bound_terms(log_p_0, x_0, x_t, t, diffusion):
     """L_vb's term at t and the cross entropy -log p~(x_0 | x_t), in nats, like x_0 (B, ...);
     log_p_0 (B, ..., K): log p~(. | x_t). The term is L_{t-1}, a KL divergence; at t = 1 it is L_0,
     where both papers let p(x_0 | x_1) be the prediction itself."""
-    cross_entropy = -log_p_0.gather(-1, x_0[..., None]).squeeze(-1)
+    cross_entropy = -log_p_0.gather(-1, x_0[..., None]).squeeze(-1)  # Multinomial Eq. (14)
     q = diffusion.bayes(diffusion.q_probs(x_0, t - 1, log_p_0.dtype), x_t, t)  # D3PM Eq. (3)
     p = diffusion.posterior(log_p_0.exp(), x_t, t)  # D3PM Eq. (4)
     divergence = (q * (q.log() - p.log())).sum(-1)

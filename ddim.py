@@ -319,7 +319,8 @@ def optimal_gamma(run):
         few = torch.randperm(len(run.data[0]))[:256].to(run.data[0].device)
         model, x_0 = eps_model(run.net), to_float(run.data[0][few].to(run.device))  # in float32
         saved = {"step": step, "gamma": analytic_gamma(model, x_0, run.schedule)}
-        save_checkpoint(path, saved)
+        if RANK == 0:
+            save_checkpoint(path, saved)
     return saved["gamma"]
 
 
