@@ -804,7 +804,7 @@ def setup(run):
     again = run.checkpoint and run.results.get("arguments") == run.arguments  # was interrupted
     run.out.mkdir(parents=True, exist_ok=True)
     if RANK == 0 and not run.resume and not again and any(run.out.iterdir()):
-        raise ValueError(f"{run.out} is not empty: add --resume, or --out and another folder")
+        raise ValueError(f"{run.out} is not empty: --resume continues it, --out names another")
     if WORLD > 1:
         dist.init_process_group(**backend, timeout=datetime.timedelta(hours=2))  # for a download
     torch.manual_seed(run.seed)  # the same initial weights in every process
