@@ -123,8 +123,8 @@ class UNet(nn.Module):
     image_size / 2^i is one of attention_resolutions; H and W may differ from image_size and from
     each other. t is embedded as it comes: DDPM's weights expect 0..T-1. ValueError: H or W is not
     a multiple of 2^(levels - 1), x has other channels, or groups cannot split the channels.
-    block, down, up: the parts, and up_attends: whether all blocks on the way up may have attention,
-    or the last of each level (ScoreUNet)."""
+    block, down, up: what makes the parts; up_attends: every block on the way up may have attention,
+    not only the last of a level (as in ScoreUNet)."""
 
     def __init__(self, in_channels=3, out_channels=3, channels=128, channel_mult=(1, 2, 2, 2),
                  num_res_blocks=2, attention_resolutions=(16,), dropout=0.1, image_size=32, *,
