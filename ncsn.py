@@ -377,8 +377,8 @@ def main(argv=None):
             run.levels = scales_technique2(run.sigma_max, run.sigma_min, data[0][0].numel())
         sigmas = geometric_sigmas(run.sigma_max, run.sigma_min, run.levels)
         run.eps = run.eps or 2 * step_technique4(sigmas, run.T)
-        table = torch.float32 if run.device.type == "mps" else torch.float64  # mps has no float64
-        run.sigmas = sigmas.to(run.device, table)
+        dtype = torch.float32 if run.device.type == "mps" else torch.float64  # mps has no float64
+        run.sigmas = sigmas.to(run.device, dtype)
         run.chain = dict(sigmas=run.sigmas, eps=run.eps, T=run.T, denoise=run.denoise)
         run.measured = {key: getattr(run, key) for key in (*fixed, "T", "eps", "denoise")}
         run.measured["evaluations"] = run.levels * run.T + run.denoise

@@ -465,8 +465,8 @@ def main(argv=None):
         check(run)
         sigmas = geometric_sigmas(run.sigma_max, run.sigma_min, run.levels)
         setup(run)
-        table = torch.float32 if run.device.type == "mps" else torch.float64  # mps has no float64
-        run.sigmas = sigmas.to(run.device, table)
+        dtype = torch.float32 if run.device.type == "mps" else torch.float64  # mps has no float64
+        run.sigmas = sigmas.to(run.device, dtype)
         keys = ("objective", "levels", "projection", "num_projections", "data_noise", "eps")
         run.measured = {key: getattr(run, key) for key in keys}
         if run.dataset in TOYS:
