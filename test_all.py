@@ -1491,13 +1491,9 @@ class CudaIsMeta(TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if function is torch.device:
-            return function(*args, **kwargs)
         if function is torch.Tensor.tolist and isinstance(args[0], Gpu):
             PretendGpu.on.waits += 1
             return args[0].inner.tolist()
-        if function is torch.Tensor.__format__ and isinstance(args[0], Gpu):
-            return format(args[0].item(), *args[1:])
         cuda = [x for x in (*args, *kwargs.values()) if isinstance(x, torch.device)]
         if function is torch.tensor and any(x.type == "cuda" for x in cuda):
             return function(*args, **kwargs | {"device": "cpu"}).to(META)
@@ -1516,7 +1512,6 @@ def gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch._C, "_cuda_setDevice", lambda index: None)  # after its check
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda: None)
     monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda name: None)  # of the CPU too
     for check in ("_accelerator_graph_capture_health_check", "_cuda_graph_capture_health_check"):
         monkeypatch.setattr(torch.optim.Optimizer, check, lambda self: None, raising=False)
