@@ -1,8 +1,8 @@
 """Score-Based Generative Modeling through Stochastic Differential Equations (Song, Sohl-Dickstein,
 Kingma, Kumar, Ermon, Poole 2021, arXiv:2011.13456).
 
-Implements: Eq. (4), (6), (7), (8), (9), (10), (11), (12), (13), (29), (30), (31), (32), (33), (34),
-(39), (40), (43), (44), (46), (47), (49); Alg. 1, 4, 5; Fig. 6; and NCSNv2's Technique 1.
+Implements: Eq. (4), (5), (6), (7), (8), (9), (10), (11), (12), (13), (29), (30), (31), (32), (33),
+(34), (39), (40), (43), (44), (46), (47), (49); Alg. 1, 4, 5; Fig. 6; and NCSNv2's Technique 1.
 
     t               time, 0 (data) ... 1 (noise, the paper's T)     (B,) float
     x_0             8-bit images, VE: in [0, 1], else [-1, 1]       (B, C, H, W)
@@ -59,7 +59,7 @@ from unet import UNet, ddpm_plus_plus, group_norm, ncsn_plus_plus, published, ti
 
 
 class SDE:
-    """dx = f dt + g dw, from data at t = 0 to the prior at t = 1, N(0, prior_std^2 I)."""
+    """dx = f dt + g dw, Eq. (5), from data at t = 0 to the prior at t = 1, N(0, prior_std^2 I)."""
 
     def prior(self, shape, device=None):
         return self.prior_std * torch.randn(shape, device=device)
