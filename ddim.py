@@ -777,7 +777,7 @@ def fit(net, loss_fn, data, run):
             means = torch.cat([part.flatten() for part in parts]) / WORLD
             dist.all_reduce(means)
             for part, mean in zip(parts, means.split([x.numel() for x in parts]), strict=True):
-                part.copy_(mean.view_as(part))
+                part.copy_(mean.view_as(part))  # in place: Adam needs the weights' layout
         norm = nn.utils.clip_grad_norm_(weights, run.grad_clip or math.inf)
         finite = loss.isfinite() & norm.isfinite()  # a tensor: whoever reads it waits for the GPU
         optimizer.found_inf = 1 - finite.float()  # at 1 the fused Adam does nothing

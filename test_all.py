@@ -2925,7 +2925,9 @@ torch.manual_seed(ddpm.RANK)
 class Toy(torch.nn.Module):
     def __init__(self):
         super().__init__()
-        self.w = torch.nn.Parameter(torch.randn(4))  # setup seeds all processes alike
+        w = torch.randn(2, 2, 2, 2)  # setup seeds all processes alike
+        self.w = torch.nn.Parameter(w.to(memory_format=torch.channels_last))
+slope = torch.tensor([1.0, -2.0])[:, None, None]
 words = {TINY!r} + ["--out", "toy", "--grad-clip", "0", "--steps", "4"]
 args = ddpm.read_args(words, ddpm.SETTINGS, ddpm.preset, ddpm.TASKS)
 ddpm.setup(args)
@@ -2933,7 +2935,7 @@ toy = Toy()
 seen = []
 def loss_fn(rows):
     seen.append(toy.w.detach().clone())
-    return (toy.w * (1 + 2 * ddpm.RANK)).sum()
+    return (toy.w * slope * (1 + 2 * ddpm.RANK)).sum()
 ddpm.fit(toy, loss_fn, (torch.arange(9),), args)
 torch.save((torch.stack(seen), toy.w, torch.rand(1)), f"rank{{ddpm.RANK}}.pt")
 """)
@@ -2942,7 +2944,8 @@ torch.save((torch.stack(seen), toy.w, torch.rand(1)), f"rank{{ddpm.RANK}}.pt")
     assert torch.equal(w0, w1) and torch.equal(ema0, ema1) and r0 != r1
     log = log_lines("toy")
     assert [line["step"] for line in log] == [1, 2, 4]  # written once
-    assert log[0]["grad_norm"] == pytest.approx(2 * 2)  # the mean of 1 and 3, over 4 weights
+    assert log[0]["grad_norm"] == pytest.approx(2 * 40**0.5)  # 2, the mean of 1 and 3, by slope
+    assert (w0[1, :, 0] < w0[0, :, 0]).all() and (w0[1, :, 1] > w0[0, :, 1]).all()  # channels
 
 
 def test_torchrun_trains_and_samples(folder):
