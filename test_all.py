@@ -1326,6 +1326,15 @@ def test_classifier_loss_of_known_classifiers():
     assert abs(t.mean() - 0.5) < 0.04 and t.var().item() == pytest.approx(1 / 12, rel=0.1)
 
 
+@pytest.mark.parametrize("name", SDES)
+def test_what_the_classifier_is_given_and_returns(name):
+    x, t, labels = torch.rand(4, 1, 2, 2), torch.rand(4), torch.tensor([2, 0, 1, 1])
+    net = Calls(lambda x, t: torch.arange(12.0).view(4, 3))
+    log_p = sde.class_log_prob(sde.classifier_model(net, SDES[name]), labels)(x, t)
+    torch.testing.assert_close(log_p, torch.arange(3.0).log_softmax(0)[labels])
+    torch.testing.assert_close(net[0], (2 * x - 1 if name == "ve" else x, 999 * t))
+
+
 @pytest.mark.parametrize(("name", "snr"), [("ve", 0.16), ("vp", 0.3)])
 def test_inpainting_with_a_corrector_gives_the_conditional_mean(name, snr):
     sigma = torch.tensor([[1.0, 0.8], [0.8, 1.0]]).double()
