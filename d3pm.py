@@ -833,7 +833,7 @@ def load_folder(run):
         raise ValueError(f"{root} has {len(test)} images ({' '.join(IMAGE_TYPES)}): add some more")
     if len(train) + len(test) < len(files):
         print(f"{root}: {len(files) - len(train) - len(test)} other files are left out")
-    class_of = {path: (*path.parts[bool(tests) : -1], "")[0] for path in (*train, *test)}
+    class_of = {x: (*x.parts[bool(tests) : -1], "")[0] for x in (*train, *test)}  # below a split
     run.classes = run.classes or tuple(sorted({*class_of.values()} - {""}))
     paths = sorted(train if run.needs_data else []) + sorted(test)
     run.unlabelled = [str(root / path) for path in paths if class_of[path] not in run.classes]
