@@ -26,13 +26,12 @@ README.md has measured results. Deviations from the paper, 1 to 3 as in the rele
 """
 
 import argparse
-import contextlib
 import copy
 import datetime
+import glob
 import json
 import math
 import os
-import re
 import shutil
 import signal
 import sys
@@ -44,8 +43,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torchvision
-from PIL import Image, ImageDraw, ImageOps, PngImagePlugin
+from PIL import Image, ImageDraw, ImageOps
 from torch import nn
+from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms.functional import pil_to_tensor, resize, to_pil_image
 from torchvision.utils import make_grid
 
@@ -148,28 +148,21 @@ def p_mean_variance(model, x_t, t, schedule, variance="large", clip=True):
     return mean, expand(variance, x_t), x_0_hat
 
 
-def record_steps(T):
-    """At most 15 evenly spaced steps of 1..T, ascending: a sampler records its states there."""
-    return sorted({math.ceil(T * k / 15) for k in range(1, 16)})
-
-
 @torch.no_grad()
-def ddpm_sample(model, x_T, schedule, variance="large", clip=True, t_start=None, record=None):
+def ddpm_sample(model, x_T, schedule, variance="large", clip=True, t_start=None, callback=None):
     """Alg. 2: x_T ~ N(0, I) -> x_0, like x_T, in T evaluations of the model.
-    t_start: begin at this step, with x_T as its x_t. record: a list that gets x_t at the steps of
-    record_steps, from t_start down, and x_0."""
-    x_t, t_start = x_T, schedule.T if t_start is None else t_start
-    recorded = () if record is None else record_steps(t_start)
-    for step in range(t_start, 0, -1):  # Alg. 2, line 2
-        if step in recorded:
-            record.append(x_t)
+    t_start: begin at this step, with x_T as its x_t. callback(t, x_t) is called with every state,
+    from (T, x_T), or (t_start, x_T), to (0, x_0)."""
+    callback = callback or (lambda t, x_t: None)
+    x_t = x_T
+    for step in range(schedule.T if t_start is None else t_start, 0, -1):  # Alg. 2, line 2
+        callback(step, x_t)
         t = torch.full((len(x_t),), step, device=x_t.device)
         mean, var, _ = p_mean_variance(model, x_t, t, schedule, variance, clip)
         z = torch.randn_like(x_t) if step > 1 else torch.zeros_like(x_t)  # Alg. 2, line 3
         # (x_t - (1 - alpha_t) / sqrt(1 - alpha_bar_t) eps_hat) / sqrt(alpha_t) + sigma_t z
         x_t = mean + var.sqrt() * z  # Alg. 2, line 4
-    if record is not None:
-        record.append(x_t)
+    callback(0, x_t)
     return x_t
 
 
@@ -232,10 +225,13 @@ def interpolate(model, x_0, x_0_prime, t, fractions, schedule, variance="large",
 
 # ---- The run -------------------------------------------------------------------------------------
 
+METHOD = "ddpm"  # in checkpoints
+FIXED = ("T", "beta_1", "beta_T")  # a checkpoint decides these
+READS = {}  # other methods' checkpoints, and the settings to take for them
 SETTINGS = dict(  # the paper's CIFAR-10 run, with sources; every key is a flag
     lr=2e-4, batch_size=128, ema_decay=0.9999, steps=800_000, flip=True,  # App. B
-    num_res_blocks=2, attention_resolutions=(16,), dropout=0.1, image_size=(32, 32),  # App. B
-    channels=128, channel_mult=(1, 2, 2, 2), warmup=5000, grad_clip=1.0,  # released code
+    num_res_blocks=2, attention_resolutions=[16], dropout=0.1, image_size=[32, 32],  # App. B
+    channels=128, channel_mult=[1, 2, 2, 2], warmup=5000, grad_clip=1.0,  # released code
     lr_decay=0.0, num_samples=100, sample_batch_size=256, log_every=100, save_every=5000,  # ours
     T=(1000, "steps of the process (Sec. 4)"),
     beta_1=(1e-4, "first variance (Sec. 4)"), beta_T=(0.02, "last variance (Sec. 4)"),
@@ -247,7 +243,7 @@ SETTINGS = dict(  # the paper's CIFAR-10 run, with sources; every key is a flag
     num_test=(256, "test images whose bits/dim are measured"),
 )
 MNIST = dict(
-    image_size=(28, 28), channels=64, channel_mult=(1, 2, 2), attention_resolutions=(14,),
+    image_size=[28, 28], channels=64, channel_mult=[1, 2, 2], attention_resolutions=[14],
     steps=50_000, flip=False, warmup=1000,
 )
 PRESETS = {  # changes to SETTINGS
@@ -255,8 +251,8 @@ PRESETS = {  # changes to SETTINGS
     # Not in the paper: trains in minutes on a laptop. The betas sum to 6, not to 10, as less
     # noise hides an image of 16x16 pixels.
     "digits": dict(
-        T=250, beta_1=0.008, beta_T=0.04, variance="small", image_size=(16, 16), channels=16,
-        channel_mult=(1, 2, 4), num_res_blocks=1, attention_resolutions=(), dropout=0.0, lr=1.2e-2,
+        T=250, beta_1=0.008, beta_T=0.04, variance="small", image_size=[16, 16], channels=16,
+        channel_mult=[1, 2, 4], num_res_blocks=1, attention_resolutions=[], dropout=0.0, lr=1.2e-2,
         steps=2200, flip=False, warmup=900, lr_decay=3.0, num_samples=64, num_test=16,
         save_every=500,
     ),
@@ -272,365 +268,174 @@ def to_float(images):
 
 
 def to_uint8(x):
+    if not x.isfinite().all():
+        raise ValueError("a sample is not finite")
     return ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
-def sample(run):
-    """Samples; process.png: q(x_t | x_0) of a test image, then x_t and x_0_hat of four samples."""
-
-    def draw(first, n, record):
-        x_T = torch.randn(n, run.image_channels, *run.image_size, device=run.device)
-        return to_uint8(ddpm_sample(run.model, x_T, *run.sampler, record=record))
-
-    images, record = save_images(draw, run)
-    save_grid(images, run.out / "samples.png", columns=8)
-    if record:
-        t, rows = torch.tensor([0, *record_steps(run.T)], device=run.device), []
-        if run.test is not None:
-            x_0 = to_float(run.test[:1]).expand(len(record), -1, -1, -1)
-            rows.append(q_sample(x_0, t, torch.randn_like(x_0), run.schedule))
-        for x_t in torch.stack(record, dim=1)[:4]:  # (16, C, H, W): at the recorded steps, and x_0
-            _, _, x_0_hat = p_mean_variance(run.model, x_t[:-1], t[1:].flip(0), *run.sampler)
-            rows += [x_t, torch.cat([x_0_hat, x_t[-1:]])]
-        save_grid(to_uint8(torch.cat(rows)), run.out / "process.png", columns=len(record))
-    return {"n": run.num_samples, "sampler": "Alg. 2", "evaluations": run.T,
-            "variance": run.variance, "clip": run.clip}
+def draw(args, device, net, schedule, n, callback=None):
+    x_T = torch.randn(n, args.image_channels, *args.image_size, device=device)
+    return ddpm_sample(eps_model(net), x_T, schedule, args.variance, args.clip, callback=callback)
 
 
-def bpd(run):
+def sample(args, device, net, schedule):
+    net, record = fast(net, args), Record()
+    for first, n in batches(args):
+        x_0 = draw(args, device, net, schedule, n, record if first == 0 else None)
+        save_images(to_uint8(x_0), first, args)
+    save_pictures(args, record, to_uint8)
+    return {"n": args.num_samples, "evaluations": args.T}
+
+
+def bpd(args, device, net, schedule):
     """The bound on test images, and Table 4: rate and distortion by the number of steps."""
-    run.bf16, parts = False, []
-    for x_0 in to_float(run.test[: run.num_test]).split(run.sample_batch_size):
-        parts.append(bits_per_dim(run.model, x_0, *run.sampler))
+    images, _ = load_images(args, device, args.num_test)
+    parts = [bits_per_dim(eps_model(net), x_0, schedule, args.variance, args.clip)
+             for x_0 in to_float(images).split(args.sample_batch_size)]
     bits = {key: torch.cat([part[key] for part in parts]).cpu() for key in parts[0]}
-    n, mean = len(bits["total"]), {key: bits[key].mean().item() for key in ("total", "L_T", "L_0")}
+    mean = {key: bits[key].mean().item() for key in ("total", "L_T", "L_0")}
     mean["L_t"] = bits["L_t"].sum(1).mean().item()
-    mean["standard_error"] = bits["total"].std().item() / math.sqrt(n)
-    print("test bits/dim <= {total:.4f} +- {standard_error:.4f}, of which L_T {L_T:.6f}, L_1 to "
-          "L_T-1 {L_t:.4f}, L_0 {L_0:.4f}; ".format(**mean) + f"n = {n}")
+    mean["standard_error"] = standard_error(bits["total"])
+    print("test bits/dim <= {total:.4f} +- {standard_error}, of which L_T {L_T:.6f}, L_1 to L_T-1 "
+          "{L_t:.4f}, L_0 {L_0:.4f}; ".format(**mean) + f"n = {len(images)}")
     (rate, rmse), table = rate_distortion(bits), []
-    for r in sorted({math.ceil(run.T * k / 10) for k in range(1, 11)}, reverse=True):
+    for r in sorted({math.ceil(args.T * k / 10) for k in range(1, 11)}, reverse=True):
         table.append((r, rate[r - 1].item(), rmse[r - 1].item()))
         print("{:5d} steps: rate {:.5f} bits/dim, RMSE {:.5f}".format(*table[-1]))
-    return {"n": n, "split": "test", "evaluations": run.T, "variance": run.variance,
-            "clip": run.clip, "bits_per_dim": mean, "steps_rate_rmse": table}
+    return {"n": len(images), "split": "test", "bits_per_dim": mean, "steps_rate_rmse": table}
 
 
-def interpolation(run):
-    x_0, x_0_prime = to_float(run.test[: min(16, len(run.test)) // 2 * 2]).chunk(2)
-    fractions = [k / 10 for k in range(11)]
-    mixed = interpolate(run.model, x_0, x_0_prime, run.mix_at, fractions, *run.sampler)
+def interpolation(args, device, net, schedule):
+    x_0 = to_float(load_images(args, device, 16)[0])
+    if len(x_0) < 2:
+        raise ValueError("task interpolate needs two test images")
+    x_0, x_0_prime = x_0[: len(x_0) // 2 * 2].chunk(2)
+    t, fractions = args.mix_at or args.T // 2, [k / 10 for k in range(11)]
+    mixed = interpolate(eps_model(fast(net, args)), x_0, x_0_prime, t, fractions, schedule,
+                        args.variance, args.clip)
     rows = torch.stack([x_0, *mixed, x_0_prime], dim=1)  # (8, 13, C, H, W)
-    save_grid(to_uint8(rows.flatten(0, 1)), run.out / "interpolation.png", columns=13)
-    return {"n": len(x_0), "split": "test", "t": run.mix_at}
+    save_grid(to_uint8(rows.flatten(0, 1)), Path(args.out, "interpolation.png"), columns=13)
+    return {"n": len(x_0), "split": "test", "t": t}
 
 
 TASKS = {"sample": sample, "bpd": bpd, "interpolate": interpolation}
 
 
 def main(argv=None):
-    with one_line_errors():
-        run = read_args(argv, SETTINGS, preset, TASKS, fixed=("T", "beta_1", "beta_T"))
-        schedule, run.mix_at = Schedule(run.T, run.beta_1, run.beta_T), run.mix_at or run.T // 2
-        if run.mix_at > run.T:
-            raise ValueError(f"--mix-at {run.mix_at} is beyond the last step, --T {run.T}")
-        setup(run)
-        if schedule.alpha_bar[-1] > 0.01:
-            print(f"alpha_bar_T = {schedule.alpha_bar[-1]:.2f} leaves data in x_T: multiply "
-                  "--beta-1 and --beta-T by 1000 / T, but keep both below 1")
-        data = load_data(run)
-        net = UNet(run.image_channels, run.image_channels, **run.unet)
-        run.model, run.schedule = eps_model(prepare(run, net)), schedule.to(run.device)
-        run.sampler = (run.schedule, run.variance, run.clip)
-        if data:
-            loss = ddpm_loss if run.objective == "simple" else vlb_loss
-            fit(net, lambda x: loss(run.model, to_float(x), run.schedule), data[:1], run)
-        do_tasks(run, TASKS, also=("bpd",))
+    args, loaded, trains = read_args(argv)
+    schedule = Schedule(args.T, args.beta_1, args.beta_T)
+    if args.mix_at > args.T:
+        raise ValueError(f"--mix-at {args.mix_at} is beyond the last step, --T {args.T}")
+    device = setup(args)
+    if schedule.alpha_bar[-1] > 0.01:
+        print(f"alpha_bar_T = {schedule.alpha_bar[-1]:.2f} leaves data in x_T: multiply "
+              "--beta-1 and --beta-T by 1000 / T, keeping both below 1")
+    schedule.to(device)
+    if trains:
+        images, _ = load_images(args, device)
+        args.image_channels = images.shape[1]
+    net = UNet(args.image_channels, args.image_channels, **unet_options(args)).to(device)
+    if trains:
+        loss = ddpm_loss if args.objective == "simple" else vlb_loss
+        fit(net, lambda model, x: loss(eps_model(model), to_float(x), schedule), [images], args,
+            device, loaded, lambda ema: to_uint8(draw(args, device, ema, schedule, args.preview)))
+    else:
+        net.load_state_dict(loaded["ema"])
+    net.eval().requires_grad_(False)
+    do_tasks(args, loaded, trains, TASKS, ("bpd",), device, net, schedule)
 
 
 # ---- Plumbing: the same text in all six scripts --------------------------------------------------
 
-SCRIPT = Path(__file__).stem
 WORLD = int(os.environ.get("WORLD_SIZE", 1))  # processes of torchrun, 1 without it
-RANK, LOCAL_RANK = (int(os.environ.get(k, 0)) * (WORLD > 1) for k in ("RANK", "LOCAL_RANK"))
+RANK, LOCAL_RANK = (int(os.environ.get(key, 0)) * (WORLD > 1) for key in ("RANK", "LOCAL_RANK"))
 TORCHVISION = dict(digits="MNIST", mnist="MNIST", fashion_mnist="FashionMNIST", cifar10="CIFAR10")
-SKIPPED = r"\.|__MACOSX$|Thumbs\.db$"  # files and folders in a folder of images
-IMAGE_TYPES = ".jpg .jpeg .jfif .png .webp .bmp .gif .tif .tiff .ppm .pgm".split()
+UNET = ("channels", "channel_mult", "num_res_blocks", "attention_resolutions", "dropout")
 COMMON = dict(  # flags of every script beside its settings
     dataset=("digits", "digits, mnist, fashion_mnist, cifar10 or a folder of images"),
-    data_dir=("data", "where torchvision downloads to"),
-    image_channels=(0, "1 for grey, 3 for colour, 0 for the images' own"),
-    out=("", "run folder, by default runs/SCRIPT-DATASET, or TASK beside the checkpoint"),
-    checkpoint=("", "do not train, take the EMA weights and settings of this file"),
-    resume=(False, "continue the training in the run folder"),
-    seed=(0, "of all random numbers"),
-    device=("auto", "cuda, mps or cpu; auto takes the first available"),
-    compile=(False, "torch.compile the network"),
-    bf16=(False, "run the network in bfloat16, except where likelihoods are measured"),
+    data_dir=("data", "where torchvision downloads to"), seed=(0, "of all random numbers"),
+    image_channels=(0, "1: grey, 3: colour, 0: like the training images"),
 )
-HELP = dict(  # of the settings that all scripts share
-    steps="training steps", batch_size="examples per step, over all processes",
-    lr="Adam's learning rate", warmup="steps until the rate reaches --lr",
-    lr_decay="p: after the warmup the rate falls as step^-p", num_samples="examples to sample",
-    image_size="pixels, N or H W: other images are resized", dropout="rate in the network",
-    grad_clip="largest gradient norm, 0: no limit", ema_decay="of averaged weights, 0: no average",
-    channels="of the U-Net's first level", channel_mult="channels of each level / --channels",
-    num_res_blocks="residual blocks per level", attention_resolutions="sizes with attention",
-    sample_batch_size="examples sampled or tested at a time", log_every="steps between log lines",
-    flip="mirror training images at random", save_every="steps between checkpoints",
+MACHINE = dict(  # flags that a checkpoint does not set
+    task=(tuple(TASKS), "what to do with the trained network"),
+    out=("", "run folder, by default runs/METHOD-DATASET, or TASK beside the checkpoint"),
+    checkpoint=("", "do not train, take the EMA weights and the settings of this file"),
+    resume=(False, "continue the training in the run folder"), device=("auto", "cuda, mps or cpu"),
+    preview=(16, "samples to draw after checkpoints 1, 2, 4, 8, ...; 0: none"),
+    compile=(False, "torch.compile the network, except where something is measured"),
+    bf16=(False, "run the network in bfloat16, except where something is measured"),
 )
-NETWORK = ("image_channels", "image_size", "channels", "channel_mult", "num_res_blocks",
-           "attention_resolutions", "dropout")
-MAY_BE_0 = ("image_channels seed warmup lr_decay grad_clip ema_decay dropout hybrid guidance eta "
-            "data_noise sigma_max levels eps mix_at num_steps").split()
-ADVICE = {  # patterns in the text of the machine's errors, and what to do
-    "allocate|out of memory|ALLOC_FAILED": "the memory is full: lower --batch-size, "
-                                           "--sample-batch-size, --channels or --image-size",
-    "[Cc]ompiler": "--compile needs a C++ compiler (g++ or clang): install one or leave it out",
-    "PytorchStreamWriter|unexpected pos|Errno 2[78]": "cannot write: is the disk full?",
-    "loading state_dict": "the checkpoint's weights do not fit its settings",
-}
+HELP = dict(  # of settings that the scripts share
+    warmup="steps until the learning rate is --lr", lr_decay="p: then it falls as step^-p",
+    image_size="pixels, N or H W: other images are resized", flip="mirror images at random",
+    channel_mult="channels of each level / --channels", attention_resolutions="none, or sizes",
+    grad_clip="largest norm, 0: no limit", ema_decay="of the averaged weights, 0: no average",
+)
+POSITIVE = {"batch_size", "sample_batch_size", "num_samples", "num_test", "image_size", "channels"}
 
 
-def fail(message):
-    print(f"{SCRIPT}.py: error:", str(message).partition("\n")[0], file=sys.stderr)
-    sys.exit(2)
-
-
-@contextlib.contextmanager
-def one_line_errors():
-    """What a user can get wrong, or the machine lacks, ends with one line and exit code 2."""
-    for stream in (sys.stdout, sys.stderr):  # a code page may lack a letter of a path
-        stream.reconfigure(errors="backslashreplace", line_buffering=True)
-    if RANK > 0:
-        sys.stdout = open(os.devnull, "w")  # the first process prints for all
-    try:
-        yield
-    except (ValueError, OSError, RuntimeError) as error:
-        advice = [text for pattern, text in ADVICE.items() if re.search(pattern, str(error))]
-        if isinstance(error, RuntimeError) and not advice:
-            raise
-        fail(": ".join([*advice, str(error)]))
-
-
-def seed_all(*key):
-    """Make the random numbers from here on a function of key, such as (seed, step, process)."""
-    torch.manual_seed(zlib.crc32(repr(key).encode()))
-
-
-def read_args(argv, settings, preset, tasks, fixed=(), reads=()):
-    """The arguments, `run`: a flag beats the checkpoint's value, which beats preset(arguments),
-    which beats settings, {name: value or (value, help)}. What is `fixed` must agree with the
-    checkpoint; reads: other scripts whose checkpoints it takes."""
-    parser = argparse.ArgumentParser(f"{SCRIPT}.py", None, __doc__.split("\n\n")[0], add_help=False,
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.error = fail
-    settings = COMMON | {"task": (tuple(tasks), "what to do with the trained network")} | settings
-    for key, value in settings.items():
-        value, text = (value, HELP[key]) if key in HELP else value
+def parse_flags(argv):
+    """The table's values, and those of the flags that are given: {name: value} each."""
+    parser, defaults = argparse.ArgumentParser(description=__doc__.split("\n\n")[0]), {}
+    sources = parser.add_mutually_exclusive_group()
+    for key, value in (COMMON | MACHINE | SETTINGS).items():
+        value, text = value if isinstance(value, tuple) else (value, HELP.get(key, ""))
         options = {"type": type(value)}
-        if isinstance(value, bool):
-            options = {"action": argparse.BooleanOptionalAction}
-        elif isinstance(value, tuple) and isinstance(value[0], str):  # choices, default first
-            options, value = {"choices": value}, value[0]
-        elif isinstance(value, tuple):
+        if isinstance(value, tuple):  # choices, the default first
+            value, options = value[0], {"choices": value}
+        elif isinstance(value, list):
             options = {"type": int, "nargs": "*" if key == "attention_resolutions" else "+"}
-        parser.add_argument(f"--{key.replace('_', '-')}", default=value, help=text, **options)
-    early, _ = parser.parse_known_args(argv)
-    out, loaded, saved = f"runs/{SCRIPT}-{Path(early.dataset).resolve().name}", None, {}
-    weights = vars(early).get("weights")
-    if bool(weights) + bool(early.checkpoint) + early.resume > 1:
-        fail("--checkpoint, --weights and --resume exclude each other: leave out all but one")
+        elif isinstance(value, bool):
+            options = {"action": argparse.BooleanOptionalAction}
+        group = sources if key in ("checkpoint", "weights", "resume") else parser
+        group.add_argument(f"--{key.replace('_', '-')}", default=argparse.SUPPRESS,
+                           help=f"{text} [{value}]", **options)
+        defaults[key] = value
+    flags = vars(parser.parse_args(argv))
+    for key, value in flags.items():
+        least = 1 if key in POSITIVE else 0
+        for x in value if isinstance(value, list) else [value]:
+            if isinstance(x, (int, float)) and not least <= x < math.inf:
+                parser.error(f"--{key.replace('_', '-')}: {x} is not a finite number >= {least}")
+    if "image_size" in flags:
+        flags["image_size"] = (2 * flags["image_size"])[:2]  # one number: both
+    return defaults, {key: x for key, x in flags.items() if x != "auto" or key not in SETTINGS}
+
+
+def read_args(argv):
+    """The arguments, flags and nothing else; the checkpoint to sample from or to resume, or None;
+    whether this run trains. A flag beats the checkpoint's setting, which beats preset(args), which
+    beats SETTINGS; but on what defines the network and the process, flag and checkpoint agree."""
+    defaults, flags = parse_flags(argv)
+    args, loaded, saved = argparse.Namespace(**defaults | flags), None, {}
+    weights = vars(args).get("weights")
+    out = Path("runs", f"{METHOD}-{Path(weights or args.dataset).resolve().name}")
     if weights:
-        out, loaded = f"runs/{SCRIPT}-{Path(weights).name}/{early.task}", published(weights)
-    elif early.checkpoint:
-        out = Path(early.checkpoint).parent / early.task
-        loaded = load_checkpoint(early.checkpoint, (SCRIPT, *reads))
-    out = Path(early.out or out)
-    if early.resume:
-        loaded = load_checkpoint(out / "checkpoint.pt", (SCRIPT,))
+        out, loaded = out / args.task, published(weights)
+    elif args.checkpoint:
+        out = Path(args.checkpoint).parent / args.task
+        loaded = load_checkpoint(args.checkpoint, [METHOD, *READS])
+    elif args.resume:
+        loaded = load_checkpoint(Path(args.out or out, "checkpoint.pt"), [METHOD])
+    flags["out"] = args.out or str(out)
+    fixed = {"image_channels", "image_size", *UNET, *FIXED}
     if loaded:
-        saved = loaded["settings"]
-        if loaded["method"] != SCRIPT:  # take what the network is, not how it samples
-            known = {*NETWORK, *fixed, "dataset", "data_dir", "classes"}
-            saved = {key: saved[key] for key in saved.keys() & known}
-        early.dataset = saved["dataset"]
-    parser.set_defaults(**{"classes": ()} | preset(early) | saved)
-    parser.add_argument("-h", "--help", action="help", help="show this text for a given --dataset")
-    run = parser.parse_args(argv)
-    run.checkpoint = run.checkpoint or weights
-    if len(run.image_size) > 2:
-        fail("--image-size takes one number, or height and width")
-    run.image_size = (run.image_size[0], run.image_size[-1])
-    for key in settings:
-        flag, value = f"--{key.replace('_', '-')}", getattr(run, key)
-        value = tuple(value) if isinstance(value, list) else value
-        for x in value if isinstance(value, tuple) else (value,):
-            if type(x) in (int, float) and not 0 < x < math.inf and (x or key not in MAY_BE_0):
-                fail(f"{flag}: {x} is not a positive number")
-        if key in (*NETWORK, *fixed) and saved.get(key, value) != value:
-            fail(f"{flag}: the checkpoint was trained with {saved[key]}")
-        setattr(run, key, value)
-    run.unet = {key: getattr(run, key) for key in NETWORK[2:]} | {"image_size": max(run.image_size)}
-    run.out, run.loaded, run.needs_data, run.file = out, loaded, not run.checkpoint, "checkpoint.pt"
-    machine = ("task", "out", "checkpoint", "resume", "device", "compile")
-    run.keys = [key for key in (*settings, "classes") if key not in machine]  # a checkpoint's
-    return run
-
-
-def setup(run):
-    """Choose the device, make the run folder, join the processes of torchrun, seed the weights."""
-    mps = "mps" if torch.backends.mps.is_available() else "cpu"
-    best = "cuda" if torch.cuda.is_available() else mps
-    name = best if run.device == "auto" else run.device
-    name = f"cuda:{LOCAL_RANK}" if name == "cuda" else name
-    try:
-        run.device = torch.device(name)
-        torch.zeros(1, device=run.device).item()
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"no device {name} here: {error}") from error
-    backend = {"backend": "gloo"}
-    if run.device.type == "cuda":
-        backend = {"backend": "nccl", "device_id": run.device}
-        torch.cuda.set_device(run.device)
-        torch.set_float32_matmul_precision("high")  # TF32
-        torch.backends.cudnn.benchmark = True
-    arguments = {key: getattr(run, key) for key in ("task", "checkpoint", *run.keys)}
-    arguments["step"] = run.loaded["step"] if run.checkpoint else run.steps
-    run.arguments, file = json.loads(json.dumps(arguments)), run.out / "results.json"
-    run.results = json.loads(file.read_text()) if file.exists() else {}
-    again = run.checkpoint and run.results.get("arguments") == run.arguments  # was interrupted
-    run.out.mkdir(parents=True, exist_ok=True)
-    if RANK == 0 and not run.resume and not again and any(run.out.iterdir()):
-        raise ValueError(f"{run.out} is not empty: --resume continues it, --out names another")
-    if WORLD > 1:
-        dist.init_process_group(**backend, timeout=datetime.timedelta(hours=2))  # for a download
-    torch.manual_seed(run.seed)  # the same initial weights in every process
-
-
-def load_folder(run):
-    """As load_images, for the images below a folder; no training images unless run.needs_data. Sets
-    run.unlabelled: the images in no class's folder."""
-    root, (H, W), files, errors = Path(run.dataset), run.image_size, [], []
-    for folder, inner, names in os.walk(root, onerror=fail, followlinks=True):
-        here = Path(folder)
-        if "results.json" in names and here != root:  # a run folder
-            inner[:], names = [], []
-        inner[:] = [name for name in inner if not re.match(SKIPPED, name) and not
-                    here.resolve().is_relative_to((here / name).resolve())]  # a loop of links
-        files += [here.relative_to(root) / name for name in names if not re.match(SKIPPED, name)]
-    top = {path: path.parts[0].lower() for path in files if path.suffix.lower() in IMAGE_TYPES}
-    tests = [x for x in ("test", "val", "valid", "validation") if {"train", x} <= {*top.values()}]
-    if tests:
-        train, test = ([path for path in top if top[path] == name] for name in ("train", tests[0]))
-    else:  # by a hash of the path: adding a file moves no other
-        key = {path: zlib.crc32(path.as_posix().encode()) for path in top}
-        test = [path for path in top if key[path] % 10 == 0] or sorted(top, key=key.get)[:1]
-        train = top.keys() - test
-    if not train:
-        raise ValueError(f"{root} has {len(test)} images ({' '.join(IMAGE_TYPES)}): add some more")
-    if len(train) + len(test) < len(files):
-        print(f"{root}: {len(files) - len(train) - len(test)} other files are left out")
-    class_of = {x: (*x.parts[bool(tests) : -1], "")[0] for x in (*train, *test)}  # below a split
-    run.classes = run.classes or tuple(sorted({*class_of.values()} - {""}))
-    paths = sorted(train if run.needs_data else []) + sorted(test)
-    run.unlabelled = [str(root / path) for path in paths if class_of[path] not in run.classes]
-    number = {name: i for i, name in enumerate(run.classes)}
-    labels = torch.tensor([number.get(class_of[path], -1) for path in paths])
-    mode = "L" if run.image_channels == 1 else "RGB"
-    images = torch.empty(len(paths), len(mode), H, W, dtype=torch.uint8)
-    Image.MAX_IMAGE_PIXELS = None  # these limits are for servers: here the user chose the files
-    PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**30
-    for i, path in enumerate(paths):
-        try:
-            image = Image.open(root / path)
-            if image.mode[0] in "IF":
-                raise ValueError("more than 8 bits per channel: convert it to 8")
-            image.draft(None, (4 * max(H, W), 4 * max(H, W)))  # faster: JPEG's own coarser sizes
-            with contextlib.suppress(Exception):  # ignore a broken EXIF block
-                image = ImageOps.exif_transpose(image)
-            if image.has_transparency_data:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            images[i] = pil_to_tensor(ImageOps.fit(image.convert(mode), (W, H)))
-        except Exception as error:  # whatever a broken file makes a decoder raise
-            errors.append(f"{root / path}: {error}")
-    if errors:
-        raise ValueError(f"{len(errors)} of {len(paths)} images cannot be read: {errors[0]}")
-    if not run.image_channels and torch.equal(images[:, :1].expand_as(images), images):
-        images = images[:, :1].clone()  # all are grey
-    n = len(paths) - len(test)
-    return (images[:n], labels[:n]), (images[n:], labels[n:])
-
-
-def load_images(run):
-    """Training images (N, C, H, W) uint8 and labels (N,) int64, -1 for none; the same of the test
-    split. Sets run.image_channels and run.classes, the names of the labels."""
-    if run.dataset in TORCHVISION:
-        own = run.dataset == "digits"  # they are in assets, as files of MNIST's format
-        root = str(Path(__file__).parent / "assets") if own else run.data_dir
-        kind = getattr(torchvision.datasets, TORCHVISION[run.dataset])
-        if RANK > 0:
-            dist.barrier()  # only the first process downloads
-        try:
-            parts = [kind(root, train=train, download=not own) for train in (True, False)]
-        except (RuntimeError, OSError) as error:
-            raise OSError(f"cannot download data or find them below {root}: {error}") from error
-        if RANK == 0 and WORLD > 1:
-            dist.barrier()
-        run.classes = tuple(parts[0].classes)
-        parts = [(torch.as_tensor(x.data), torch.as_tensor(x.targets)) for x in parts]
-        parts = [(x[:, None] if x.dim() == 3 else x.permute(0, 3, 1, 2), y) for x, y in parts]
-    elif Path(run.dataset).is_dir():
-        parts = load_folder(run)
-    else:
-        raise ValueError(f"no data set {run.dataset}: take {', '.join(TORCHVISION)} or a folder")
-    run.image_channels = run.image_channels or parts[0][0].shape[1]
-    if parts[0][0].shape[1] != run.image_channels:
-        raise ValueError(f"{run.dataset}: the network takes {run.image_channels} channels")
-    return [(resize(x, list(run.image_size), antialias=True).contiguous(), y) for x, y in parts]
-
-
-def load_data(run):
-    """Training images and labels, on the device if they are small; sets run.test and
-    run.test_labels, in an order that --seed draws. Sampling needs no data: both may be None."""
-    run.test, run.unlabelled = None, []
-    try:
-        train, test = load_images(run)
-    except (ValueError, OSError) as error:
-        if not run.checkpoint or run.task != "sample":
-            raise
-        print(f"process.png lacks its first row: {error}")
-        return None
-    order = torch.randperm(len(test[0]), generator=torch.Generator().manual_seed(run.seed))
-    run.test, run.test_labels = (part[order].to(run.device) for part in test)
-    device = run.device if train[0].nbytes < 2**32 else "cpu"  # 4 GB
-    return [part.to(device) for part in train] if run.needs_data else None
-
-
-def prepare(run, net):
-    """Move net to the device, with a checkpoint's EMA weights if there is one. Returns a function
-    of net's inputs that is float32 outside and, with --bf16, bfloat16 inside."""
-    if run.checkpoint:
-        net.eval().requires_grad_(False).load_state_dict(run.loaded["ema"])
-    if run.compile:
-        net.compile()
-    run.net = net.to(run.device)
-
-    def call(*inputs):
-        with torch.autocast(run.device.type, torch.bfloat16, enabled=run.bf16):
-            return net(*inputs).float()
-
-    return call
-
-
-def save_checkpoint(path, state):
-    """Write beside path, flush to the disk, rename: path is the old file or the new, never half."""
-    with open(f"{path}.part", "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(f"{path}.part", path)
+        read = defaults.keys() - MACHINE.keys()
+        if loaded["method"] != METHOD:  # take what the network is, not how it samples
+            read = fixed | {"dataset", "data_dir"}
+        saved = {key: list(x) if isinstance(x, tuple) else x  # older checkpoints have tuples
+                 for key, x in loaded["settings"].items() if key in read}
+        saved = READS.get(loaded["method"], {}) | saved
+    for key in fixed & saved.keys() & flags.keys():
+        if flags[key] != saved[key]:
+            raise ValueError(f"--{key.replace('_', '-')}: the checkpoint has {saved[key]}")
+    changes = preset(argparse.Namespace(**defaults | saved | flags))
+    args = argparse.Namespace(**defaults | changes | saved | flags)
+    sizes = [max(args.image_size) / 2**i for i in range(len(args.channel_mult))]
+    if not {*args.attention_resolutions} <= {*sizes}:
+        raise ValueError(f"--attention-resolutions: {args.attention_resolutions} are not all sizes "
+                         f"of the network's levels, {', '.join(f'{x:g}' for x in sizes)}")
+    return args, loaded, args.resume or not loaded
 
 
 def load_checkpoint(path, methods):
@@ -639,163 +444,293 @@ def load_checkpoint(path, methods):
     try:
         with zipfile.ZipFile(path) as archive:
             headers = [(r.file_size - r.compress_size, r.external_attr) for r in archive.infolist()]
-            if any(map(any, headers)) or archive.testzip() is not None:
-                raise ValueError("a size, a flag or a checksum is wrong")
+            if archive.testzip() or any(map(any, headers)):
+                raise ValueError("a checksum, a size or a flag is wrong")
         state = torch.load(path, map_location="cpu", weights_only=True)
-        method, _, _ = state["method"], state["ema"], state["settings"]["dataset"]
+        method, _, _ = state["method"], state["step"], state["settings"]["dataset"]
+        if not all(x.isfinite().all() for x in state["ema"].values()):
+            raise ValueError("its weights are not finite")
     except Exception as error:  # whatever a damaged file makes zipfile and the unpickler raise
-        raise ValueError(f"cannot read the checkpoint {path}: missing, truncated, damaged, written "
-                         f"by an older version or not by these scripts: {error}") from error
+        raise ValueError(f"{path} is missing, damaged or not a checkpoint: {error}") from error
     if method not in methods:
-        raise ValueError(f"{path} is a checkpoint of {method}.py, not of {' or '.join(methods)}.py")
+        raise ValueError(f"{path} is a checkpoint of {method}, not of {' or '.join(methods)}")
     return state
 
 
-def fit(net, loss_fn, data, run):
-    """Train to step run.steps, write log.jsonl and run.file, leave the EMA weights in net. A step
-    draws rows of data, tensors of one length, for the scalar loss_fn(*rows). It depends on the
-    weights and (seed, step, process) alone: a resumed run equals an uninterrupted one."""
-    if run.batch_size % WORLD:
-        raise ValueError(f"--batch-size {run.batch_size} is not a multiple of {WORLD} processes")
-    weights, log, step, start = list(net.parameters()), run.out / "log.jsonl", 0, time.time()
-    optimizer = torch.optim.Adam(weights, run.lr, fused=True)
+def setup(args):
+    """Make the run folder, join the processes of torchrun, seed the weights. Returns the device."""
+    out, name = Path(args.out), args.device
+    if name == "auto":
+        mps = "mps" if torch.backends.mps.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else mps
+    device = torch.device(name)
+    if RANK > 0:
+        sys.stdout = open(os.devnull, "w")  # the first process prints for all
+    out.mkdir(parents=True, exist_ok=True)
+    if RANK == 0 and not args.resume and any(out.iterdir()):
+        again = " (--resume continues its training)" if (out / "checkpoint.pt").exists() else ""
+        raise ValueError(f"{out} is not empty: name another folder with --out{again}")
+    backend = {"backend": "gloo", "timeout": datetime.timedelta(hours=2)}  # for a download
+    if device.type == "cuda":
+        device = torch.device("cuda", LOCAL_RANK if device.index is None else device.index)
+        backend |= {"backend": "nccl", "device_id": device}
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")  # TF32
+        torch.backends.cudnn.benchmark = True
+    if WORLD > 1:
+        dist.init_process_group(**backend)
+    torch.manual_seed(args.seed % 2**63)  # the same initial weights in every process
+    return device
+
+
+def seed_all(*key):
+    """Make the random numbers from here on a function of key, such as (seed, step, process)."""
+    torch.manual_seed(zlib.crc32(repr(key).encode()))
+
+
+def load_folder(args, num_test):
+    """Like load_images, for the images below a folder."""
+    root, (H, W) = Path(args.dataset), args.image_size
+    found = [Path(x) for x in glob.glob("**/*", root_dir=root, recursive=True)]  # no hidden files
+    runs = {x.parent for x in found if x.name in ("log.jsonl", "results.json")} - {Path()}
+    crc = {x: zlib.crc32(x.as_posix().encode()) for x in found if not runs & {*x.parents}
+           and x.suffix.lower() in IMG_EXTENSIONS and "__MACOSX" not in x.parts}
+    top = {x: x.parts[0].lower() for x in crc}
+    tests = [x for x in ("test", "val", "valid", "validation") if {"train", x} <= {*top.values()}]
+    if tests:
+        crc = {x: crc[x] for x in crc if top[x] in ("train", tests[0])}
+        test = {x for x in crc if top[x] != "train"}
+    else:  # by a hash of the path: adding a file moves no other
+        test = {x for x in crc if crc[x] % 10 == 0} or {*sorted(crc, key=crc.get)[:1]}
+    paths = [x for x in crc if (x in test) != (num_test is None)]
+    paths = sorted(paths, key=crc.get)[:num_test]  # so that the first ones are a fair sample
+    class_of = {x: (*x.parts[bool(tests) : -1], "")[0] for x in crc}  # the folder below a split
+    names = sorted({*class_of.values()} - {""})
+    labels = torch.tensor([names.index(class_of[x]) if class_of[x] else -1 for x in paths])
+    mode = "L" if args.image_channels == 1 else "RGB"
+    images = torch.empty(len(paths), len(mode), H, W, dtype=torch.uint8)
+    for i, path in enumerate(paths):
+        try:
+            image = Image.open(root / path)
+            if image.mode[0] in "IF" or ";16" in str(image.tile):
+                raise ValueError("more than 8 bits per channel")
+            image.draft(None, (4 * max(H, W), 4 * max(H, W)))  # faster: JPEG's own coarser sizes
+            image = ImageOps.exif_transpose(image)
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            images[i] = pil_to_tensor(ImageOps.fit(image.convert(mode), (W, H)))
+        except Exception as error:  # whatever a broken file makes a decoder raise
+            raise ValueError(f"cannot read {root / path}: {error}") from error
+    if not args.image_channels and torch.equal(images[:, :1].expand_as(images), images):
+        images = images[:, :1].clone()  # all are grey
+    return images, labels
+
+
+def load_images(args, device, num_test=None):
+    """Images (N, C, H, W) uint8 and labels (N,) int64, -1 for none: for training, or the first
+    num_test ones for testing. On the device, unless the training images are large."""
+    if args.dataset in TORCHVISION:
+        own = args.dataset == "digits"  # they are in assets, as files of MNIST's format
+        root = Path(__file__).parent / "assets" if own else args.data_dir
+        if own and not root.is_dir():
+            raise ValueError(f"the digits are not in {root}: take --dataset FOLDER")
+        if LOCAL_RANK > 0:
+            dist.barrier()  # the first process of each machine downloads
+        kind = getattr(torchvision.datasets, TORCHVISION[args.dataset])
+        data = kind(root, train=num_test is None, download=not own)
+        if LOCAL_RANK == 0 and WORLD > 1:
+            dist.barrier()
+        images, labels = (torch.as_tensor(x)[:num_test] for x in (data.data, data.targets))
+        images = images[:, None] if images.dim() == 3 else images.permute(0, 3, 1, 2)
+        images = resize(images, args.image_size, antialias=True).contiguous()
+    elif Path(args.dataset).is_dir():
+        images, labels = load_folder(args, num_test)
+    else:
+        raise ValueError(f"no data set {args.dataset}: take {', '.join(TORCHVISION)} or a folder")
+    if len(images) == 0:
+        split = "training" if num_test is None else "test"
+        raise ValueError(f"no {split} images in {args.dataset}")
+    if args.image_channels not in (0, images.shape[1]):
+        raise ValueError(f"{args.dataset}: the network takes {args.image_channels} channels")
+    device = device if num_test or images.nbytes < 2**32 else "cpu"  # 4 GB
+    return images.to(device), labels.to(device)
+
+
+def unet_options(args):
+    """UNet's keyword arguments."""
+    return {key: getattr(args, key) for key in UNET} | {"image_size": max(args.image_size)}
+
+
+def fast(net, args):
+    """net with --compile and --bf16 applied; its outputs are float32."""
+    net = torch.compile(net) if args.compile else net
+
+    def call(x, *t):
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=args.bf16):
+            return net(x, *t).float()
+
+    return call
+
+
+def fit(net, loss_fn, data, args, device, loaded=None, preview=None, method=METHOD,
+        file="checkpoint.pt"):
+    """Train net to step args.steps; write log.jsonl and file; leave the EMA weights in net.
+    data: tensors of one length: each step draws a batch of their rows for loss_fn(model, *batch), a
+    scalar. loaded: a checkpoint to continue; preview(net): uint8 images to look at. A step depends
+    on the weights and (seed, step, process) alone: a resumed run equals an uninterrupted one."""
+    weights, out, first, signals = list(net.parameters()), Path(args.out), 0, []
     ema = copy.deepcopy(net).eval().requires_grad_(False)
-    saved = {"model": net, "ema": ema, "optimizer": optimizer}
-    running = torch.zeros(3, device=run.device)  # since the last line: losses, their number, stops
-    size = {"n": len(data[0]), "parameters": sum(p.numel() for p in weights)}
-    print(f"{[*data[0].shape]} data, {size['parameters']:,} parameters, to {run.out}")
-    if run.resume:
-        step = run.loaded["step"]
-        if step > run.steps:
-            raise ValueError(f"--steps {run.steps}: the checkpoint has done {step} already")
-        for key, part in saved.items():
-            part.load_state_dict(run.loaded[key])
-        running[:2] += run.loaded["running"].to(run.device)
-        if RANK == 0 and log.exists():  # later steps happen again: drop their lines
-            lines = [line for line in log.read_text().splitlines() if line.endswith("}")]
-            log.write_text("".join(f"{x}\n" for x in lines if json.loads(x)["step"] <= step))
-    signals, stopped, first = [], False, step
-    handlers = {  # the old ones; nohup ignores SIGHUP
-        s: signal.signal(s, lambda number, _: signals.append(number)) for s in signal.Signals
-        if s.name in ("SIGINT", "SIGTERM", "SIGHUP") and signal.getsignal(s) != signal.SIG_IGN
-    }
+    optimizer = torch.optim.Adam(weights, args.lr, fused=True)
+    parts = {"model": net, "ema": ema, "optimizer": optimizer}
+    if loaded:
+        first = loaded["step"]
+        for key, part in parts.items():
+            part.load_state_dict(loaded[key])
+    if first > args.steps:
+        raise ValueError(f"--steps {args.steps}: the checkpoint has done {first} already")
+    print(f"{[*data[0].shape]} data, {sum(p.numel() for p in weights):,} parameters, to {out}")
+    handlers = {number: signal.signal(number, lambda n, _: signals.append(n))
+                for number in (signal.SIGINT, signal.SIGTERM)}
+    model = fast(nn.parallel.DistributedDataParallel(net) if WORLD > 1 else net, args)
+    ema_weights, new_weights = list(ema.parameters()), [p.detach() for p in weights]
+    save_every, log_every = args.save_every or args.steps, args.log_every or args.steps
+    total, count, start = 0.0, 0, time.perf_counter()
     net.train()
-    while step < run.steps and not stopped:
-        step += 1
-        seed_all(run.seed, step, RANK)
-        warm = step / max(1, run.warmup)
-        optimizer.param_groups[0]["lr"] = lr = run.lr * min(1, warm, warm**-run.lr_decay)
-        rows = torch.randint(len(data[0]), (run.batch_size // WORLD,), device=data[0].device)
-        batch = [part[rows].to(run.device) for part in data]
-        if run.flip:
-            mirror = torch.rand(len(rows), 1, 1, 1, device=run.device) < 0.5
+    for step in range(first + 1, args.steps + 1):
+        seed_all(args.seed, step, RANK)
+        n = (args.batch_size + RANK) // WORLD  # these add up to the batch size
+        rows = torch.randint(len(data[0]), (n,), device=data[0].device)
+        batch = [part[rows].to(device) for part in data]
+        if args.flip:
+            mirror = torch.rand(n, 1, 1, 1, device=device) < 0.5
             batch[0] = torch.where(mirror, batch[0].flip(-1), batch[0])
+        loss = loss_fn(model, *batch)
         optimizer.zero_grad()
-        loss = loss_fn(*batch)
-        loss.backward()
-        loss, stop = loss.detach(), torch.full_like(loss, len(signals))
-        if WORLD > 1:  # these and the gradients become means over all processes, in one message
-            parts = [loss, stop, *[p.grad for p in weights]]
-            means = torch.cat([part.flatten() for part in parts]) / WORLD
-            dist.all_reduce(means)
-            for part, mean in zip(parts, means.split([x.numel() for x in parts]), strict=True):
-                part.copy_(mean.view_as(part))  # in place: Adam needs the weights' layout
-        norm = nn.utils.clip_grad_norm_(weights, run.grad_clip or math.inf)
-        finite = loss.isfinite() & norm.isfinite()  # a tensor: whoever reads it waits for the GPU
-        optimizer.found_inf = 1 - finite.float()  # at 1 the fused Adam does nothing
+        loss.backward()  # DistributedDataParallel averages the gradients of the processes
+        norm = nn.utils.clip_grad_norm_(weights, args.grad_clip or math.inf)
+        warm = step / max(1, args.warmup)
+        lr = args.lr * min(1, warm, warm**-args.lr_decay)
+        optimizer.param_groups[0]["lr"] = lr
         optimizer.step()
-        decay = min(run.ema_decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(list(ema.parameters()), [p.detach() for p in weights], 1 - decay)
-        running += torch.stack([torch.where(finite, loss, 0), finite, stop])
-        stopped = bool(signals) and WORLD == 1
-        if step == 1 or step % run.log_every == 0:
-            total, count, stops = running.tolist()
-            stopped = stops > 0  # in all processes alike
-            running.zero_()
-            if count == 0:
-                fail(f"no loss was finite since the last log line (step {step}): lower --lr")
-            pace = (time.time() - start) / (step - first)  # seconds per step
-            left = datetime.timedelta(seconds=round(pace * (run.steps - step)))
-            print(f"step {step} of {run.steps}: loss {total / count:.4f}, "
-                  f"{run.batch_size / pace:.0f} examples/s, {left} left")
-            line = {"step": step, "loss": total / count, "grad_norm": norm.item(), "lr": lr}
-            with open(log if RANK == 0 else os.devnull, "a") as file:
-                print(json.dumps(line), file=file)
-        if RANK == 0 and (step % run.save_every == 0 or step == run.steps or stopped):
-            state = {key: part.state_dict() for key, part in saved.items()}
-            state |= {"method": SCRIPT, "step": step, "running": running[:2]}
-            state["settings"] = {key: getattr(run, key) for key in run.keys}
-            save_checkpoint(run.out / run.file, state)
+        decay = min(args.ema_decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(ema_weights, new_weights, 1 - decay)
+        total, count = total + loss.detach(), count + 1
+
+        stop = RANK == 0 and bool(signals)  # the other processes ignore signals
+        due = step % save_every == 0
+        save = stop or due or step == args.steps
+        if save or step == 1 or step % log_every == 0:
+            line = {"step": step, "loss": float(total / count), "grad_norm": norm.item(), "lr": lr}
+            if not math.isfinite(line["loss"] + line["grad_norm"]):
+                raise ValueError(f"loss or gradient is not finite, try a lower --lr: {line}")
+            total, count = 0.0, 0
+            pace = (time.perf_counter() - start) / (step - first)  # seconds per step
+            left = datetime.timedelta(seconds=round(pace * (args.steps - step)))
+            print(f"step {step} of {args.steps}: loss {line['loss']:.4f}, "
+                  f"{args.batch_size / pace:.0f} examples/s, {left} left", flush=True)
+            if RANK == 0:
+                with open(out / "log.jsonl", "a") as log:
+                    print(json.dumps(line), file=log)
+        if save and RANK == 0:
+            state = {key: part.state_dict() for key, part in parts.items()}
+            state |= {"method": method, "step": step, "settings": vars(args)}
+            torch.save(state, out / f"{file}.part")
+            os.replace(out / f"{file}.part", out / file)  # the old file or the new, never half
+        if stop:
+            how = ": continue with --resume" if method == METHOD else ""
+            print(f"stopped after step {step}, saved as {out / file}{how}")
+            sys.exit(128 + signals[0])
+        second_power = (step // save_every).bit_count() == 1  # of checkpoints 1, 2, 4, 8, ...
+        if preview and args.preview and due and second_power and step < args.steps:
+            seed_all(args.seed, "preview")
+            save_grid(preview(ema), out / f"samples-{step}.png")
     for number, handler in handlers.items():
         signal.signal(number, handler)
-    if stopped:
-        print(f"stopped after step {step}, which is saved: continue with --resume")
-        sys.exit(128 + (signals or [signal.SIGTERM])[0])
-    net.eval().requires_grad_(False).load_state_dict(ema.state_dict())
-    save_results(run, train={"step": step, **size, "seconds": round(time.time() - start, 1)})
+    net.load_state_dict(ema.state_dict())
 
 
-def save_grid(images, path, columns, labels=()):
+def batches(args):
+    """Yield (first, n) for each of this process's batches: n samples, numbered from first, whose
+    random numbers depend on first alone."""
+    for first in range(0, args.num_samples, args.sample_batch_size)[RANK::WORLD]:
+        n = min(args.sample_batch_size, args.num_samples - first)
+        seed_all(args.seed, "batch", first)
+        yield first, n
+        print(f"{first + n} of {args.num_samples} samples", flush=True)
+    if WORLD > 1:
+        dist.barrier()
+
+
+class Record:
+    """A sampler's callback that keeps eight samples' states, at 16 evenly spaced n at most."""
+
+    def __init__(self):
+        self.states = {}
+
+    def __call__(self, n, x):
+        if not self.states:  # n is the number of all steps
+            self.kept = {math.ceil(n * k / 15) for k in range(16)}
+        if n in self.kept:
+            self.states[n] = x[:8].clone()
+
+
+def save_images(images, first, args):
+    """Write uint8 images (n, C, H, W) as images/NNNNNN.png, numbered from first."""
+    folder = Path(args.out, "images")
+    folder.mkdir(exist_ok=True)
+    for i, image in enumerate(images.cpu(), first):
+        to_pil_image(image).save(folder / f"{i:06d}.png")
+
+
+def first_images(args):
+    """The first samples, at most 100, uint8 (n, C, H, W), whichever process drew them."""
+    files = [Path(args.out, "images", f"{i:06d}.png") for i in range(min(100, args.num_samples))]
+    return torch.stack([pil_to_tensor(Image.open(file)) for file in files])
+
+
+def save_pictures(args, record, to_uint8):
+    """samples.png: the first images; process.png: recorded samples from noise to image."""
+    save_grid(first_images(args), Path(args.out, "samples.png"))
+    if record.states:
+        rows = torch.stack([*record.states.values()], dim=1)  # (8, 16, C, H, W)
+        save_grid(to_uint8(rows.flatten(0, 1)), Path(args.out, "process.png"), rows.shape[1])
+
+
+def save_grid(images, path, columns=0, labels=()):
     """uint8 images (N, C, H, W) as one PNG, small ones enlarged; labels: a text beside each row."""
     images = nn.functional.interpolate(images.cpu(), scale_factor=max(1, 48 // images.shape[3]))
-    grid = to_pil_image(make_grid(images, columns, pad_value=96))
+    grid = make_grid(images, columns or math.ceil(len(images) ** 0.5), pad_value=96)
     height, width = images.shape[2] + 2, 7 * max(map(len, labels), default=0)
-    grid = ImageOps.expand(grid, (width, 0, 0, 0), "white")
+    grid = ImageOps.expand(to_pil_image(grid), (width, 0, 0, 0), "white")
     for row, label in enumerate(labels):
         ImageDraw.Draw(grid).text((6, row * height + height // 2 - 5), label, fill="black")
     if RANK == 0:
         grid.save(path)
 
 
-def save_images(draw, run):
-    """Make images/NNNNNN.png of draw(first, n, record) -> (n, C, H, W) uint8, in batches: functions
-    of (seed, first), so that processes share them and what exists is not drawn again. Returns at
-    most 100 images, and in the first process the states of the first batch."""
-    folder, record = run.out / "images", []
-    if RANK == 0 and run.results.get("arguments") != run.arguments:
-        shutil.rmtree(folder, ignore_errors=True)  # they are images of other settings
-    save_results(run, arguments=run.arguments)
-    folder.mkdir(exist_ok=True)
-    files = [folder / f"{i:06d}.png" for i in range(run.num_samples)]
-    for first in range(0, run.num_samples, run.sample_batch_size)[RANK::WORLD]:
-        batch = files[first : first + run.sample_batch_size]
-        if first == 0 or not all(file.exists() for file in batch):  # the first is recorded
-            seed_all(run.seed, "batch", first)
-            images = draw(first, len(batch), None if first else record).cpu()
-            for image, file in zip(images, batch, strict=True):
-                to_pil_image(image).save(f"{file}.part", "png")
-                os.replace(f"{file}.part", file)
-            print(f"{first + len(batch)} of {run.num_samples} images")
-    if WORLD > 1:
-        dist.barrier()
-    seed_all(run.seed, "process")  # whichever batches were drawn here
-    return torch.stack([pil_to_tensor(Image.open(file)) for file in files[:100]]), record
+def standard_error(x):
+    """The standard error of the mean of x (n,), to three digits; None if n = 1."""
+    return float(f"{x.std().item() / math.sqrt(len(x)):.3g}") if len(x) > 1 else None
 
 
-def save_results(run, **entries):
-    """Add entries to results.json; all processes wait until that is done."""
-    run.results |= entries
+def do_tasks(args, loaded, trains, tasks, also, *objects):
+    """Do args.task and, after training for samples, the tasks `also`; write results.json."""
+    results = {"arguments": vars(args), "step": args.steps if trains else loaded["step"],
+               "torch": torch.__version__, "date": time.strftime("%Y-%m-%d")}
     if RANK == 0:
-        (run.out / "results.json").write_text(json.dumps(run.results, indent=2) + "\n")
+        shutil.rmtree(Path(args.out, "images"), ignore_errors=True)  # drawn by earlier weights
     if WORLD > 1:
         dist.barrier()
-
-
-def do_tasks(run, tasks, also=()):
-    """Do run.task and, after training for `sample`, the tasks `also`; what they return goes into
-    results.json, with what it takes to repeat them."""
-    for name in (run.task, *(also if run.task == "sample" and not run.checkpoint else ())):
-        seed_all(run.seed, name)
-        start = time.time()
-        weights = vars(run).get("weights") or "EMA"
-        measured = {"step": run.arguments["step"], "weights": weights, **tasks[name](run),
-                    "dataset": run.dataset, "classes": run.classes, "seed": run.seed,
-                    "torch": torch.__version__, "torchvision": torchvision.__version__,
-                    "date": time.strftime("%Y-%m-%d"), "seconds": round(time.time() - start, 1)}
-        save_results(run, **{name: measured}, arguments=run.arguments)
+    for name in [args.task, *also] if trains and args.task == "sample" else [args.task]:
+        seed_all(args.seed, name)
+        results[name] = tasks[name](args, *objects)
+        text = json.dumps(results, indent=2, allow_nan=False)
+        if RANK == 0:
+            Path(args.out, "results.json").write_text(f"{text}\n")
+    print(f"{args.out} holds {', '.join(sorted(file.name for file in Path(args.out).iterdir()))}")
     if WORLD > 1:
         dist.destroy_process_group()
-    print(f"{run.out} holds {', '.join(sorted(file.name for file in run.out.iterdir()))}")
 
 
 if __name__ == "__main__":

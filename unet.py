@@ -197,10 +197,13 @@ class UNet(nn.Module):
     def load_published(self, path):
         """Take the weights of a network like google/ddpm-cifar10-32 as diffusers saves them, from a
         .safetensors or .bin file or a folder with diffusion_pytorch_model.safetensors or .bin.
-        ValueError, and no weight changes, if the file is damaged or a tensor is missing, unknown or
-        of another shape."""
+        ValueError, and no weight changes, if the file is damaged, a tensor is missing, unknown or
+        of another shape, or a config.json beside it is that of another network."""
         inside = [Path(path, f"diffusion_pytorch_model.{kind}") for kind in ("safetensors", "bin")]
         file = next((file for file in inside if file.is_file()), Path(path))
+        widths = {m.qkv.in_features for m in self.modules() if isinstance(m, Attention)}
+        one_head = (None, *widths) if len(widths) == 1 else (None,)
+        check_config(file.with_name("config.json"), CONFIG | {"attention_head_dim": (8, *one_head)})
         found, wanted = read_weights(file), {}  # diffusers' name -> tensor
         names = OLD_NAMES if any(".query." in name for name in found) else NEW_NAMES
         for name, tensor in self.state_dict().items():
@@ -242,6 +245,26 @@ def published_name(name, num_res_blocks, names):
     return name
 
 
+# What no tensor's shape tells: diffusers' default, which a missing key has, and what is right.
+CONFIG = dict(flip_sin_to_cos=(True, False), freq_shift=(0, 1), downsample_padding=(1, 0),
+              norm_eps=(1e-5, 1e-6))
+PROCESS = dict(prediction_type=2 * ("epsilon",), beta_schedule=2 * ("linear",),
+               beta_start=2 * (1e-4,), beta_end=2 * (0.02,), num_train_timesteps=2 * (1000,))
+
+
+def check_config(file, wanted):
+    """ValueError if there is such a file, and it is damaged or has other values than wanted."""
+    if not file.is_file():
+        return
+    try:
+        config = dict(json.loads(file.read_text()))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{file} is damaged: {error}") from error
+    for key, (default, *right) in wanted.items():
+        if config.get(key, default) not in right:
+            raise ValueError(f"{file}: {key} is {config.get(key, default)!r}, here {right[0]!r}")
+
+
 def read_weights(file):
     """Name -> float32 tensor. A .safetensors file is the header's length in 8 bytes, the header in
     JSON with the type, shape and place of each tensor, and the tensors' numbers without a gap."""
@@ -266,31 +289,30 @@ def read_weights(file):
         raise ValueError(f"{file} is missing, damaged or not a file of float32 weights") from error
 
 
-def download(url, files):
-    """Download the first of files (paths) that url offers. OSError if it offers none."""
-    for file in files:
-        try:
-            return torch.hub.download_url_to_file(f"{url}/{file.name}", file)
-        except Exception as error:  # whatever a server makes urllib raise
-            reason = error
-    first = files[0]
-    raise OSError(f"cannot download {url}/{first.name} ({reason}): put it into {first.parent}")
-
-
 def published(name):
     """A checkpoint like ddpm.py's, of published CIFAR-10 weights. name: a file or folder for
-    load_published, or a model of the Hugging Face hub, downloaded once, into torch's cache."""
+    load_published, or a model of the Hugging Face hub, downloaded once, into torch's cache.
+    ValueError also for a scheduler_config.json of another process than DDPM's."""
     path = Path(name)
     if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         path = Path(torch.hub.get_dir(), "checkpoints", name.replace("/", "--"))
         path.mkdir(parents=True, exist_ok=True)
         files = [path / f"diffusion_pytorch_model.{kind}" for kind in ("safetensors", "bin")]
-        if not any(file.is_file() for file in files):
-            download(f"https://huggingface.co/{name}/resolve/main", files)
-    net = UNet()
+        url = f"https://huggingface.co/{name}/resolve/main"
+        for file in (path / "config.json", *files):
+            if not any(x.is_file() for x in files):
+                try:
+                    torch.hub.download_url_to_file(f"{url}/{file.name}", file)
+                except Exception as error:  # whatever a server makes urllib raise
+                    reason = error
+        if not any(x.is_file() for x in files):
+            raise OSError(f"cannot download {url}/{files[0].name} ({reason}): put it into {path}")
+    net, folder = UNet(), path if path.is_dir() else path.parent
     net.load_published(path)
-    settings = dict(dataset="cifar10", image_channels=3, image_size=(32, 32), channels=128,
-                    channel_mult=(1, 2, 2, 2), num_res_blocks=2, attention_resolutions=(16,),
+    check_config(folder / "scheduler_config.json", PROCESS)
+    check_config(folder / "scheduler" / "scheduler_config.json", PROCESS)
+    settings = dict(dataset="cifar10", image_channels=3, image_size=[32, 32], channels=128,
+                    channel_mult=[1, 2, 2, 2], num_res_blocks=2, attention_resolutions=[16],
                     dropout=0.1, T=1000, beta_1=1e-4, beta_T=0.02)
     return {"method": "ddpm", "step": None, "settings": settings, "ema": net.state_dict()}
 
