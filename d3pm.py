@@ -605,7 +605,8 @@ def filling(args, device, net, process):
         rows.append(torch.cat([given[:, None], filled, x[:, None]], dim=1).flatten(0, 1))
     if of_text(args):
         texts = ["\n".join(map(to_text, row)) for row in torch.cat(rows).split(completions + 2)]
-        Path(args.out, "infill.txt").write_text("\n\n".join(texts) + "\n")
+        if RANK == 0:
+            Path(args.out, "infill.txt").write_text("\n\n".join(texts) + "\n")
     else:
         path = Path(args.out, "infill.png")
         save_grid(to_uint8(args, torch.cat(rows)), path, completions + 2)

@@ -14,9 +14,7 @@ import io
 import json
 import math
 import os
-import pickle
 import re
-import resource
 import shlex
 import shutil
 import signal
@@ -42,7 +40,6 @@ import torchvision
 from PIL import Image
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils._pytree import tree_leaves
 
 import d3pm
 import ddim
@@ -152,7 +149,7 @@ def test_schedule_has_the_published_values_and_limits():  # DDPM Eq. (2), (4), (
     found = schedule.alpha_bar[[1, 10, 100, 250, 500, 750, 1000]]
     assert found.tolist() == pytest.approx(published, rel=1e-5)
     assert schedule.beta_tilde[2].item() == pytest.approx(5.4532e-5, rel=1e-4)
-    first = [getattr(schedule, k)[0].item() for k in TABLES]
+    first = [getattr(schedule, k)[0].item() for k in ("beta", "alpha", "alpha_bar", "beta_tilde")]
     assert first == [0, 1, 1, 0] and schedule.beta_tilde[1] == 0
     beta = [1 - 10**-x for x in (0.0698, 0.0702)]  # alpha_bar_1000: 10^-69.8, 10^-70.2
     assert ddpm.Schedule(1000, beta[0], beta[0]).alpha_bar[-1] > 1e-70
@@ -160,24 +157,19 @@ def test_schedule_has_the_published_values_and_limits():  # DDPM Eq. (2), (4), (
         ddpm.Schedule(1000, beta[1], beta[1])
 
 
-TABLES = ("beta", "alpha", "alpha_bar", "beta_tilde")
-
-
-@pytest.mark.parametrize(("make", "names"), [
-    (ddpm.Schedule, TABLES), (ddim.Schedule, TABLES),
-    (lambda: d3pm.CategoricalDiffusion(4, 3), ("beta", "alpha_bar", "prior")),
-    (lambda: d3pm.CategoricalDiffusion(16, 3, "gaussian"),
-     ("beta", "alpha_bar", "prior", "matrices", "products")),
-])
-def test_tables_are_in_float64_and_in_float32_only_on_mps(make, names):
-    process = make().to("cpu")
-    assert {getattr(process, name).dtype for name in names} == {torch.float64}
-    tables = {name: Mock() for name in names}
-    vars(process).update(tables)
-    process.to("mps")
-    for name, table in tables.items():
-        table.to.assert_called_once_with("mps", torch.float32)
-        assert getattr(process, name) is table.to.return_value
+def test_tables_are_in_float64_and_in_float32_only_on_mps():
+    for process in (ddpm.Schedule(), ddim.Schedule(), d3pm.CategoricalDiffusion(4, 3),
+                    d3pm.CategoricalDiffusion(16, 3, "gaussian")):
+        process.to("cpu")
+        names = [name for name, x in vars(process).items() if isinstance(x, torch.Tensor)]
+        assert {getattr(process, name).dtype for name in names} == {torch.float64}
+        tables = {name: Mock() for name in names}
+        vars(process).update(tables)
+        process.to("mps")
+        assert len(names) >= 3 and {"beta", "alpha_bar"} <= {*names}
+        for name, table in tables.items():
+            table.to.assert_called_once_with("mps", torch.float32)
+            assert getattr(process, name) is table.to.return_value
 
 
 @pytest.mark.parametrize("T", [2, 1000, 4000])
@@ -286,21 +278,14 @@ def test_decoder_is_a_distribution_over_256_levels(std):  # DDPM Eq. (13)
     assert log_p.item() == pytest.approx(math.log(1e-12))  # its floor
 
 
-def test_rate_and_distortion_by_reverse_time():  # DDPM Table 4
-    bits = {"L_T": torch.tensor([1.0, 3.0]), "L_t": torch.tensor([[20.0, 10.0], [40.0, 30.0]]),
-            "mse": torch.tensor([[0.01, 0.04, 1.0], [0.03, 0.04, 1.0]])}  # t = 1, 2, 3
-    rate, rmse = ddpm.rate_distortion(bits)
-    assert rate.tolist() == [2, 22, 52]  # x_3; x_3, x_2; x_3, x_2, x_1
-    torch.testing.assert_close(rmse, 127.5 * torch.tensor([1.0, 0.2, math.sqrt(0.02)]))
-
-
-def test_losses_of_simple_models():  # DDPM Eq. (12), (14); DDPM Alg. 1
+def test_losses_of_simple_models():  # DDPM Eq. (12), (14); DDPM Alg. 1; DDIM Eq. (5)
     schedule = ddpm.Schedule(3, 0.3, 0.6)  # so that every factor of the weight shows
     x_0 = torch.rand(20_000, 1, 2, 1) * 2 - 1
-    zero = ddpm.ddpm_loss(lambda x_t, t: torch.zeros_like(x_t), x_0, schedule)
-    within(zero, 1.0, math.sqrt(2 / x_0.numel()))
     model = off_by(0.2, x_0, schedule)
-    assert ddpm.ddpm_loss(model, x_0, schedule).item() == pytest.approx(0.04, rel=1e-3)
+    for loss in (ddpm.ddpm_loss, ddim.ddim_loss):
+        zero = loss(lambda x_t, t: torch.zeros_like(x_t), x_0, schedule)
+        within(zero, 1.0, math.sqrt(2 / x_0.numel()))
+        assert loss(model, x_0, schedule).item() == pytest.approx(0.04, rel=1e-3)
     a, a_bar, beta = schedule.alpha[1:], schedule.alpha_bar[1:], schedule.beta[1:]
     weight = beta**2 / (2 * beta * a * (1 - a_bar))  # Eq. (12) with sigma_t^2 = beta_t
     error = 0.04 * weight.std().item() / math.sqrt(len(x_0))
@@ -336,14 +321,19 @@ def gaussian_step(t, s, eta, schedule):
     return A, -of_eps * K @ (a_t.sqrt() * MU), sigma
 
 
-@pytest.mark.parametrize(("eta", "S"), [(0.0, 1000), (0.0, 20), (0.5, 10), (1.0, 10)])
-def test_ddim_follows_the_linear_recursion(eta, S):  # DDIM Eq. (9), (12), (16)
+@pytest.mark.parametrize(("eta", "S", "analytic"), [
+    (0.0, 1000, False), (0.0, 20, False), (0.5, 10, False), (1.0, 10, False), (0.5, 10, True)])
+def test_ddim_follows_the_linear_recursion(eta, S, analytic):
+    """DDIM Eq. (9), (12), (16); Analytic-DPM: the mean of eta with noise of its own."""
     schedule, tau = ddim.Schedule(), ddim.timesteps(1000, S)
     x_T = torch.randn(20_000 if eta else 100, 2).double()
-    x = ddim.ddim_sample(exact_eps(schedule), x_T, schedule, tau, eta)
+    gamma = 0.5 * gaussian_eps(0.5, schedule)[1] if analytic else None
+    x = ddim.ddim_sample(exact_eps(schedule), x_T, schedule, tau, eta, gamma=gamma)
     mean, cov, product = torch.zeros(2).double(), EYE, EYE
     for t, s in zip(tau[::-1], [*tau[-2::-1], 0], strict=True):
         A, b, sigma = gaussian_step(t, s, eta, schedule)
+        if analytic:
+            sigma = ddim.analytic_sigmas(tau, gamma, schedule, eta, False)[tau.index(t)]
         mean, cov, product = A @ mean + b, A @ cov @ A.T + sigma**2 * EYE, A @ product
     if eta == 0:
         torch.testing.assert_close(x, x_T @ product.T + mean)
@@ -366,20 +356,6 @@ def test_eta_1_over_all_steps_is_ddpm(eta, hat, variance, clip):
     torch.testing.assert_close(x, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_ddim_step_with_clipping_and_given_noise():  # DDIM Eq. (9), (12), (16)
-    schedule, x_t, eps = ddim.Schedule(), torch.full((1, 2), 3.0), torch.zeros(1, 2)
-    a_t, a_s = schedule.alpha_bar[900].float(), schedule.alpha_bar[400].float()
-    x_s = ddim.ddim_step(x_t, eps, 900, 400, schedule, clip=True)
-    derived = (x_t - a_t.sqrt()) / (1 - a_t).sqrt()  # x_0_hat is 1
-    torch.testing.assert_close(x_s, a_s.sqrt() + (1 - a_s).sqrt() * derived)
-    torch.testing.assert_close(ddim.ddim_step(x_t, eps, 900, 0, schedule, 1.0), x_t / a_t.sqrt())
-    noise, sigma = torch.randn(1, 2), ddim.ddim_sigma(900, 400, 1.0, schedule)
-    with_noise, without = (ddim.ddim_step(x_t, eps, 900, 400, schedule, 1.0, z)
-                           for z in (noise, 0 * noise))
-    torch.testing.assert_close(with_noise - without, noise * sigma)
-    assert isinstance(sigma, float)
-
-
 @pytest.mark.parametrize("spacing", ["linear", "quadratic"])
 @pytest.mark.parametrize("S", [1, 2, 3, 7, 10, 50, 300, 600, 1000])
 def test_timesteps_are_distinct_and_end_at_T(S, spacing):  # DDIM App. D.2
@@ -399,11 +375,11 @@ def test_encoding_is_a_first_order_solver():
         x_T = ddim.ddim_encode(exact_eps(schedule), x_0, schedule, tau)
         back = ddim.ddim_sample(exact_eps(schedule), x_T, schedule, tau)
         errors.append((back - x_0).norm().item())
-    slopes = [math.log2(a / b) for a, b in zip(errors, errors[1:], strict=False)]
+    slopes = [math.log2(a / b) for a, b in pairwise(errors)]
     assert all(0.75 < slope < 1.5 for slope in slopes), slopes
 
 
-def test_slerp():  # DDIM App. D.5
+def test_slerp_and_slerp_orthogonal():  # DDIM App. D.5; Score-SDE Fig. 6
     z_0, z_1 = torch.randn(2, 3, 2, 4, 4).double()
     torch.testing.assert_close(ddim.slerp(z_0, z_1, 0.0), z_0)
     torch.testing.assert_close(ddim.slerp(z_0, z_1, 1.0), z_1)
@@ -414,13 +390,11 @@ def test_slerp():  # DDIM App. D.5
     torch.testing.assert_close(ddim.slerp(z_0[:1], z_1[:1], 0.3), ddim.slerp(z_0, z_1, 0.3)[:1])
     torch.testing.assert_close(ddim.slerp(z_0, z_0, 0.3), z_0)
     assert ddim.slerp(z_0, -z_0, 0.3).isfinite().all()
-
-
-def test_ddim_loss_is_l_simple():  # DDIM Eq. (5)
-    losses = [with_seed(5, loss, lambda x, t: x * t.view(-1, 1, 1, 1) / 50,
-                        torch.ones(3000, 1, 2, 2), ddpm.Schedule(50))
-              for loss in (ddim.ddim_loss, ddpm.ddpm_loss)]
-    assert losses[0] == losses[1]
+    z, z_prime = torch.tensor([[3.0, 0.0]]), torch.tensor([[0.0, 3.0]])
+    for fraction, x, y in ((0, 3, 0), (1 / 3, 3 * 0.75**0.5, 1.5), (0.5, 4.5**0.5, 4.5**0.5),
+                           (1, 0, 3)):  # along the quarter circle from z to z'
+        torch.testing.assert_close(sde.slerp_orthogonal(z, z_prime, fraction),
+                                   torch.tensor([[float(x), float(y)]]))
 
 
 @pytest.mark.parametrize("c", [0.25, 1.0, 4.0])
@@ -438,22 +412,6 @@ def test_analytic_sigma_is_that_of_the_true_posterior(eta, c):  # Analytic-DPM T
             assert found**2 == pytest.approx((v[s] - covariance**2 / v[t]).item(), abs=1e-9)
 
 
-@pytest.mark.parametrize("c", [0.25, 4.0])
-@pytest.mark.parametrize("S", [5, 10])
-def test_analytic_chain_has_the_variance_of_q(S, c):  # Analytic-DPM Theorem 1
-    schedule, n = ddim.Schedule(), 20_000
-    exact, gamma, v = gaussian_eps(c, schedule)
-    tau, x_T = ddim.timesteps(1000, S), torch.randn(n, 1).double()
-    s = tau[0]
-    for eta, g in ((0.0, gamma), (1.0, gamma), (0.0, None), (1.0, None)):
-        model = Calls(exact)
-        x_0 = ddim.ddim_sample(model, x_T, schedule, tau, eta, gamma=g)
-        x_s = model[-1][0]
-        error = (x_s.var() / v[s] - 1).abs() / math.sqrt(2 / n)
-        assert error > 5 if g is None else error < 3
-        torch.testing.assert_close(x_0, c * schedule.alpha_bar[s].sqrt() / v[s] * x_s)
-
-
 def test_analytic_gamma_and_bounds():  # Analytic-DPM Sec. 3, Theorem 2
     schedule, x_0, tau = ddim.Schedule(50, 0.002, 0.4), torch.randn(4000, 1), [5, 25, 50]
     model, exact, _ = gaussian_eps(1.0, schedule)
@@ -469,24 +427,12 @@ def test_analytic_gamma_and_bounds():  # Analytic-DPM Sec. 3, Theorem 2
     assert sigmas[0] == 0 and sigmas[1] ** 2 == pytest.approx(3.865e-4, rel=1e-3)  # two levels
     assert sigmas[2] == ddim.analytic_sigma(50, 25, gamma, schedule, 1.0)
     assert ddim.analytic_sigmas([50], gamma, schedule) == [0]
-    with pytest.raises(ValueError, match="take one"):
-        ddim.ddim_sample(model, x_0, schedule, tau, sigma_hat=True, gamma=gamma)
 
 
 # ---- 1. Against the truth: NCSN ------------------------------------------------------------------
 
 
-def test_levels_are_geometric():  # NCSN Sec. 4.1
-    sigmas = ncsn.geometric_sigmas(1.0, 0.01, 10)
-    assert sigmas.dtype == torch.float64 and sigmas[0] == 1 and sigmas[-1] == 0.01
-    torch.testing.assert_close(sigmas[:-1] / sigmas[1:], torch.full((9,), 1.6681005).double())
-    assert ncsn.geometric_sigmas(50.0, 0.01, 1).tolist() == [0.01]
-
-
-OBJECTIVES = ("sm", "ssm", "ssm-vr", "dsm")
-
-
-@pytest.mark.parametrize("objective", ["ncsn", *OBJECTIVES])
+@pytest.mark.parametrize("objective", ["ncsn", "sm", "ssm", "ssm-vr", "dsm"])
 @pytest.mark.parametrize("c", [0.0, 0.25])
 def test_loss_of_gaussian_data_level_by_level(objective, c):
     """NCSN Eq. (5), (6); SSM Sec. 2; SSM Alg. 1.
@@ -534,7 +480,7 @@ def test_chains_follow_the_linear_recursion(denoise):  # NCSN Eq. (4), NCSN Alg.
     assert score.times() == pytest.approx(due) and (x_init == 2).all()
 
 
-def test_draws_of_the_mixture_and_of_its_chains():
+def test_the_mixture_its_chains_and_its_score():
     """NCSN Fig. 3, NCSN Alg. 1: annealed, modes have their weights (and noise of sigma_L = 1)."""
     x_init, zero = 16 * torch.rand(2000, 2) - 8, torch.zeros(2000)
     plain = ncsn.langevin(lambda x: ncsn.gmm_score(x, zero), x_init, 0.1, 300)
@@ -545,11 +491,8 @@ def test_draws_of_the_mixture_and_of_its_chains():
         within(first.float().mean(), share, math.sqrt(share * (1 - share) / len(x)))
         for part, centre in ((x[first], 5.0), (x[~first], -5.0)):
             has_moments(part, torch.full((2,), centre), var * torch.eye(2))
-
-
-def test_score_of_the_mixture_is_the_gradient_of_its_density():  # NCSN Fig. 3
     x = (6 * torch.randn(50, 2).double()).requires_grad_()
-    sigma = torch.linspace(0, 5, 50).double()
+    sigma = torch.linspace(0, 5, 50).double()  # its score is the gradient of its log density
     modes, var = [(0.2, -5.0), (0.8, 5.0)], 1 + sigma**2
     logs = [math.log(p) - (x - m).square().sum(1) / (2 * var) for p, m in modes]
     (exact,) = torch.autograd.grad(torch.logsumexp(torch.stack(logs), 0).sum(), x)
@@ -560,10 +503,7 @@ def test_inpainting_gives_the_conditional_mean():  # NCSN Alg. 2
     cov = torch.tensor([[1.0, 0.8, 0.5], [0.8, 1.0, 0.6], [0.5, 0.6, 1.0]])
     mask, known, n = torch.tensor([0.0, 1.0, 1.0]), torch.tensor([0.0, 1.5, -0.5]), 5000
     sigmas, noisy = ncsn.geometric_sigmas(1.0, 0.05, 6), cov + 0.05**2 * torch.eye(3)
-
-    def score(x, sigma):
-        return -x @ (cov + sigma[0] ** 2 * torch.eye(3)).inverse()
-
+    score = Calls(lambda x, sigma: -x @ (cov + sigma[0] ** 2 * torch.eye(3)).inverse())
     out = ncsn.inpaint(score, known.expand(n, 3), mask, torch.rand(n, 3), sigmas, 0.005, 600)
     exact = cov[0, 1:] @ torch.linalg.solve(cov[1:, 1:], known[1:])
     weights = torch.linalg.solve(noisy[1:, 1:], noisy[1:, 0])  # y itself has noise sigma_L
@@ -576,7 +516,12 @@ def test_inpainting_gives_the_conditional_mean():  # NCSN Alg. 2
     torch.testing.assert_close(mean, noisy + 0.05**2 * (3 - noisy))  # the mean of the data
 
 
-def test_techniques_give_the_published_numbers():  # NCSNv2 Technique 1, 2, 4
+def test_levels_and_techniques_give_the_published_numbers():
+    """NCSN Sec. 4.1, NCSNv2 Technique 1, 2, 4."""
+    sigmas = ncsn.geometric_sigmas(1.0, 0.01, 10)
+    assert sigmas.dtype == torch.float64 and sigmas[0] == 1 and sigmas[-1] == 0.01
+    torch.testing.assert_close(sigmas[:-1] / sigmas[1:], torch.full((9,), 1.6681005).double())
+    assert ncsn.geometric_sigmas(50.0, 0.01, 1).tolist() == [0.01]
     for sigma_1, L, T, a in ((50, 232, 5, 6.2e-6), (90, 500, 5, 3.3e-6), (190, 1086, 3, 1.8e-6),
                              (348, 2311, 3, 9e-7)):
         sigmas = ncsn.geometric_sigmas(sigma_1, 0.01, L)
@@ -591,10 +536,7 @@ def test_what_the_networks_of_both_papers_are_given_and_return():
     """2019: the level's index, and the score; 2020 (NCSNv2 Technique 3): 0, and sigma times it."""
     sigmas, index = ncsn.geometric_sigmas(1.0, 0.01, 3), torch.tensor([2, 0, 1])
     x, sigma = torch.rand(3, 1), sigmas[index].float()
-
-    def net(x, t):
-        return x + 10 * t.view(3, 1)
-
+    net = Calls(lambda x, t: x + 10 * t.view(3, 1))
     first, sequel = (ncsn.noise_conditional_score(net, sigmas, year)(x, sigma)
                      for year in ("2019", "2020"))
     torch.testing.assert_close(first, 2 * x - 1 + 10 * index.view(3, 1))
@@ -606,17 +548,21 @@ def test_what_the_networks_of_both_papers_are_given_and_return():
 PROJECTIONS = ("rademacher", "gaussian", "sphere")
 
 
-def test_exact_score_matching_takes_the_jacobian_of_each_image():  # SSM Sec. 2
+def test_exact_score_matching_and_objectives_without_noise():  # SSM Sec. 2, 3
     x = torch.randn(3, 1, 2, 2).double()
-
-    def score(x):
-        return torch.sin(x) * x.flatten(1).sum(1).view(-1, 1, 1, 1)
-
+    score = Calls(lambda x: torch.sin(x) * x.flatten(1).sum(1).view(-1, 1, 1, 1))
     loss = sliced_sm.exact_score_matching(score, x)
-    for i in range(3):
+    for i in range(3):  # the Jacobian of each image alone
         jacobian = torch.autograd.functional.jacobian(score, x[i : i + 1]).view(4, 4)
         expected = jacobian.trace() + 0.5 * score(x[i : i + 1]).square().sum()
         torch.testing.assert_close(loss[i], expected)
+    x, diagonal = torch.randn(4, 3), torch.tensor([2.0, 0.5, 1.0])
+    score = Calls(lambda x: -diagonal * x)
+    loss = sliced_sm.noisy_score_matching(score, x, 0.0)
+    exact = 0.5 * (diagonal * x).square().sum(1) - 3.5  # of a diagonal Jacobian Rademacher is exact
+    torch.testing.assert_close(loss, exact)
+    sliced_sm.noisy_score_matching(score, x, 0.5, "dsm")
+    assert torch.equal(score[0][0], x) and not torch.equal(score[1][0], x) and not x.requires_grad
 
 
 @pytest.mark.parametrize("projection", PROJECTIONS)
@@ -629,9 +575,7 @@ def test_sliced_is_exact_in_expectation_and_its_reduced_variance_is_smaller(proj
     B, x = root @ root.T, torch.linalg.solve(root.T, torch.randn(d).double())[None]
     exact, slope = 0.5 * (x @ B).square().sum() - B.trace(), (x @ B).T @ x - torch.eye(d)
     B.requires_grad_()
-
-    def score(x):
-        return -x @ B.T
+    score = Calls(lambda x: -x @ B.T)
 
     def sliced(n, scale, *options):  # scale: of what v v^T is multiplied by in the slope
         loss = sliced_sm.sliced_score_matching(score, x.expand(n, d), *options)
@@ -655,30 +599,18 @@ def test_sliced_is_exact_in_expectation_and_its_reduced_variance_is_smaller(proj
     assert several == pytest.approx(var.item() / 8, rel=0.15)
 
 
-@pytest.mark.parametrize("projection", PROJECTIONS)
 @pytest.mark.parametrize("shape", [(3,), (1, 2, 3), (1,)])
-def test_projections_have_the_identity_for_covariance(projection, shape):  # SSM Sec. 3
+def test_projections_have_the_identity_for_covariance(shape):  # SSM Sec. 3
     n, d = 20_000, math.prod(shape)
-    v = sliced_sm.random_projection(torch.zeros(n, *shape).double(), projection)
-    assert v.shape == (n, *shape) and v.dtype == torch.float64
-    v = v.flatten(1)
-    outer = v[:, :, None] * v[:, None]  # (n, d, d)
-    within(v.mean(0), torch.zeros(d), math.sqrt(1 / n), sigmas=4)
-    within(outer.mean(0), torch.eye(d), outer.std(0) / math.sqrt(n) + 1e-12, sigmas=4)
-    if projection == "rademacher":
-        assert set(v.unique().tolist()) == {-1, 1}
-    if projection == "sphere":
-        torch.testing.assert_close(v.norm(dim=1), torch.full((n,), d**0.5).double())
-
-
-def test_without_noise_the_objectives_are_at_x_itself():  # SSM Sec. 3
-    x, diagonal = torch.randn(4, 3), torch.tensor([2.0, 0.5, 1.0])
-    score = Calls(lambda x: -diagonal * x)
-    loss = sliced_sm.noisy_score_matching(score, x, 0.0)
-    exact = 0.5 * (diagonal * x).square().sum(1) - 3.5  # of a diagonal Jacobian Rademacher is exact
-    torch.testing.assert_close(loss, exact)
-    sliced_sm.noisy_score_matching(score, x, 0.5, "dsm")
-    assert torch.equal(score[0][0], x) and not torch.equal(score[1][0], x) and not x.requires_grad
+    for projection in PROJECTIONS:
+        v = sliced_sm.random_projection(torch.zeros(n, *shape).double(), projection)
+        assert v.shape == (n, *shape) and v.dtype == torch.float64
+        v = v.flatten(1)
+        has_moments(v, torch.zeros(d), torch.eye(d), sigmas=4)
+        if projection == "rademacher":
+            assert set(v.unique().tolist()) == {-1, 1}
+        if projection == "sphere":
+            torch.testing.assert_close(v.norm(dim=1), torch.full((n,), d**0.5).double())
 
 
 def test_the_checkerboard():  # SSM's toy data
@@ -694,6 +626,7 @@ def test_the_checkerboard():  # SSM's toy data
 
 TRANSITIONS = ("uniform", "absorbing", "gaussian")
 DATA = torch.tensor([0.6, 0.1, 0.3]).double()
+ENTROPY = -(DATA * DATA.log2()).sum().item()
 PAIRS = torch.tensor([[0.30, 0.02, 0.05], [0.03, 0.20, 0.05], [0.05, 0.05, 0.25]]).double()
 
 
@@ -753,26 +686,10 @@ def test_the_gaussian_matrix():
     leave = weight / (1 + 2 * weight)  # the jumps are -1, 0, 1
     torch.testing.assert_close(
         small, torch.tensor([[1 - leave, leave], [leave, 1 - leave]]).double())
-    three, (far, near) = d3pm.gaussian_matrix(3, 0.5), (math.exp(-8), math.exp(-2))
-    all_jumps = 1 + 2 * near + 2 * far
-    assert three[0, 1].item() == pytest.approx(near / all_jumps)
-    assert three[2, 0].item() == pytest.approx(far / all_jumps)
-    assert three[1, 1].item() == pytest.approx(1 - 2 * near / all_jumps)
     Q, states = d3pm.gaussian_matrix(201, 0.02), torch.linspace(-1, 1, 201).double()
-    assert Q.dtype == torch.float64 and Q.min() >= 0
+    assert Q.dtype == torch.float64 and Q.min() >= 0 and torch.equal(Q, Q.T)
     torch.testing.assert_close(Q.sum(1), torch.ones(201).double(), rtol=0, atol=1e-14)
-    assert torch.equal(Q, Q.T)
     assert (Q[100] * states**2).sum().item() == pytest.approx(0.02 / 2, rel=1e-6)
-    middle = Q[100, 99:103] / Q[100, 100]
-    torch.testing.assert_close(middle.log()[[0, 2, 3]] / middle.log()[2],
-                               torch.tensor([1.0, 1.0, 4.0]).double())
-
-
-def prior_mismatch(diffusion):
-    """The largest L_T over x_0 in bits."""
-    q = diffusion.q_probs(torch.arange(diffusion.K)[None], torch.tensor([diffusion.T]))
-    L_T = torch.xlogy(q, q) - torch.xlogy(q, diffusion.prior)
-    return L_T.sum(-1).max().item() / math.log(2)
 
 
 def test_published_schedules_and_presets():  # D3PM Eq. (1), (18), App. A.2
@@ -787,14 +704,15 @@ def test_published_schedules_and_presets():  # D3PM Eq. (1), (18), App. A.2
     assert found == pytest.approx([0.442502, 0.721251, 0.239199, 0.031290, 0.515645], abs=1e-6)
     middle = [gaussian.Q_bar(t)[128, 128].item() for t in (10, 100, 500, 1000)]
     assert middle == pytest.approx([0.101613, 0.013427, 0.0039222, 0.00390625], rel=1e-4)
-    assert prior_mismatch(gaussian) < 1e-4
     for matrices in (gaussian.matrices, gaussian.products):
         assert (matrices.sum(2) - 1).abs().max() < 1e-12 and matrices.min() >= 0
-    presets = [(K, T, transition) for transition in ("uniform", "absorbing")
-               for K, T in ((5, 256), (27, 1000), (28, 1000), (256, 1000))]
-    for K, T, transition in [*presets, (16, 100, "gaussian")]:  # L_T is next to nothing
-        mismatch = prior_mismatch(d3pm.CategoricalDiffusion(K, T, transition))
-        assert mismatch < (1e-12 if transition == "absorbing" else 1e-4)
+    presets = [d3pm.CategoricalDiffusion(K, T, transition) for K, T, transition in (
+        (5, 256, "absorbing"), (28, 1000, "absorbing"), (5, 256, "uniform"), (27, 1000, "uniform"),
+        (16, 100, "gaussian"))]
+    for diffusion in (uniform, absorbing, gaussian, *presets):
+        q = diffusion.q_probs(torch.arange(diffusion.K)[None], torch.tensor([diffusion.T]))
+        L_T = (torch.xlogy(q, q) - torch.xlogy(q, diffusion.prior)).sum(-1).max() / math.log(2)
+        assert L_T < (1e-12 if diffusion.transition == "absorbing" else 1e-4)
 
 
 @pytest.mark.parametrize("transition", TRANSITIONS)
@@ -836,10 +754,6 @@ def exact_model(data, diffusion):
     return model
 
 
-def entropy(p):
-    return -torch.xlogy(p, p).sum().item() / math.log(2)
-
-
 @pytest.mark.parametrize("transition", TRANSITIONS)
 @pytest.mark.parametrize("T", [1, 4, 40])
 def test_one_position_is_modelled_exactly(transition, T):
@@ -854,9 +768,10 @@ def test_one_position_is_modelled_exactly(transition, T):
     bound += torch.xlogy(q, q / diffusion.prior).nansum(1) / math.log(2)  # L_T
     q_T = DATA @ q
     mismatch = torch.xlogy(q_T, q_T / diffusion.prior).nansum().item() / math.log(2)
-    exact = entropy(DATA) + mismatch
+    exact = ENTROPY + mismatch
     assert (DATA @ bound).item() == pytest.approx(exact, abs=1e-9)
-    bits = d3pm.bits_per_dim(model, torch.multinomial(DATA, n, replacement=True)[:, None], diffusion)["total"]
+    x_0 = torch.multinomial(DATA, n, replacement=True)[:, None]
+    bits = d3pm.bits_per_dim(model, x_0, diffusion)["total"]
     within(bits.mean(), exact, bits.std() / math.sqrt(n) + 1e-9)
     x = d3pm.d3pm_sample(model, diffusion.prior_sample((n, 1)), diffusion)
     has_shares(x, DATA, math.sqrt(mismatch))
@@ -870,8 +785,6 @@ def test_infilling_gives_the_conditional():  # D3PM Eq. (4)
         filled = d3pm.infill(model, x, torch.tensor(known), diffusion)
         assert (filled[:, 0] == first).all()
         has_shares(filled[:, 1], PAIRS[first] / PAIRS[first].sum())
-    x = torch.randint(3, (50, 2))
-    assert torch.equal(d3pm.infill(model, x, torch.ones(2, dtype=torch.bool), diffusion), x)
     for known, T, begin in ((1, 10, 9), (20, 1000, 500)):  # it begins where so many are masked
         x, model = torch.randint(3, (50, 40)), Calls(lambda x_t, t: torch.zeros(50, 40, 4))
         diffusion = d3pm.CategoricalDiffusion(4, T, "absorbing", mask=3)
@@ -884,10 +797,7 @@ def test_infilling_gives_the_conditional():  # D3PM Eq. (4)
 @pytest.mark.parametrize("transition", TRANSITIONS)
 def test_random_terms_are_the_bound_on_average(transition):  # D3PM Eq. (1), (5)
     weight, diffusion = torch.randn(5, 5), categorical_diffusion(transition, 5, 6)
-
-    def model(x_t, t):
-        return weight[x_t] * (1 + t.view(-1, 1, 1) / 5)
-
+    model = Calls(lambda x_t, t: weight[x_t] * (1 + t.view(-1, 1, 1) / 5))
     x_0 = torch.tensor([[0, 1], [4, 2]]).repeat(500, 1)
     bits = d3pm.bits_per_dim(model, x_0, diffusion)
     torch.testing.assert_close(bits["total"], bits["L_T"] + bits["L_t"].sum(1) + bits["L_0"])
@@ -921,8 +831,9 @@ def test_skipped_steps_are_the_same_process(transition):  # D3PM Eq. (4), Table 
         torch.testing.assert_close(short.Q_bar(i), diffusion.Q_bar(t))
         torch.testing.assert_close(diffusion.Q_bar(s) @ short.Q(i), diffusion.Q_bar(t))
     first = exact_model(DATA, short)  # at its last step it is the posterior of the longer step
-    bits = d3pm.bits_per_dim(first, torch.multinomial(DATA, n, replacement=True)[:, None], short)["total"]
-    within(bits.mean(), entropy(DATA), bits.std() / math.sqrt(n) + 1e-6)
+    x_0 = torch.multinomial(DATA, n, replacement=True)[:, None]
+    bits = d3pm.bits_per_dim(first, x_0, short)["total"]
+    within(bits.mean(), ENTROPY, bits.std() / math.sqrt(n) + 1e-6)
     x = d3pm.d3pm_sample(stepped, short.prior_sample((5, 1)), short)
     assert model.times() == tau[::-1] and x.shape == (5, 1)
     beta = torch.tensor([0, 0.1, 1.0, 0.1, 0.5])  # after a step that forgets everything
@@ -974,25 +885,6 @@ def exact_score(name, mu=MU, sigma=SIGMA):
         return (-((x - m * mu) @ axes / (m**2 * variances + std**2)) @ axes.T).to(x.dtype)
 
     return score
-
-
-def gradient(log_p, x):
-    """Of log_p(x) (B,) by x; it can be differentiated again."""
-    with torch.enable_grad():
-        x = x if x.requires_grad else x.detach().requires_grad_()
-        return torch.autograd.grad(log_p(x).sum(), x, create_graph=True)[0]
-
-
-def mixture_logp(x, m=1.0, std=0.0):
-    """log density (B,) of m x_0 + std z at x (B, 1): x_0 is N(-0.6, 0.1^2) with probability 1/4,
-    else N(0.2, 0.2^2)."""
-    parts = [math.log(p) + torch.distributions.Normal(m * mu, ((m * s) ** 2 + std**2) ** 0.5)
-             .log_prob(x[:, 0]) for p, mu, s in ((0.25, -0.6, 0.1), (0.75, 0.2, 0.2))]
-    return torch.logaddexp(*parts)
-
-
-def mixture_score(name):
-    return lambda x, t: gradient(lambda x: mixture_logp(x, *mean_and_std(name, t)), x)
 
 
 @pytest.mark.parametrize("name", SDES)
@@ -1087,15 +979,6 @@ def test_the_posterior_mean_of_gaussian_data(name):
         torch.testing.assert_close(found[row], MU + gain @ (x[row] - m * MU))
 
 
-def test_slerp_of_orthogonal_codes():
-    """Score-SDE Fig. 6: along the quarter circle from z to z'."""
-    z, z_prime = torch.tensor([[3.0, 0.0]]), torch.tensor([[0.0, 3.0]])
-    for fraction, x, y in ((0, 3, 0), (1 / 3, 3 * 0.75**0.5, 1.5), (0.5, 4.5**0.5, 4.5**0.5),
-                           (1, 0, 3)):
-        torch.testing.assert_close(sde.slerp_orthogonal(z, z_prime, fraction),
-                                   torch.tensor([[float(x), float(y)]]))
-
-
 @pytest.mark.parametrize(("name", "predictor", "corrector"), TRIPLES)
 def test_every_sampler_follows_the_linear_recursion(name, predictor, corrector):
     """Score-SDE Alg. 1, 4, 5: for Gaussian data every step is linear: exact moments at any N."""
@@ -1141,10 +1024,6 @@ def test_likelihood_is_the_exact_one(name):  # Score-SDE Eq. (39), (40)
         estimate = sde.log_likelihood(score, process, x[:1].expand(2000, 4), 1e-4, 1e-4, probe)
         assert estimate.std() > 0.1  # of one probe each
         within(estimate.mean(), exact[0], estimate.std() / math.sqrt(2000))
-    if name != "ve":
-        x = torch.tensor([[-0.6], [-0.2], [0.3]]).double()
-        logp = sde.log_likelihood(mixture_score(name), process, x, 1e-7, 1e-7, "exact")
-        torch.testing.assert_close(logp, mixture_logp(x), rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize("name", SDES)
@@ -1159,16 +1038,12 @@ def test_ode_keeps_the_marginals_and_is_inverted(name):
     x, evaluations = sde.ode_sample(score, process, x_T, 1e-6, 1e-6)
     torch.testing.assert_close(x, exact, rtol=0, atol=1e-4)
     assert evaluations == len(score) > 30
-    assert max(t.max() for _, t in score) == 1
-    assert min(t.min() for _, t in score) >= process.eps * 0.999
     latent, more = sde.ode_encode(score, process, x, 1e-6, 1e-6)
     torch.testing.assert_close(latent, x_T, rtol=2e-3, atol=2e-3)
     assert evaluations + more == len(score) and more > 30
-    single, _ = sde.ode_sample(score, process, x_T.float())
-    torch.testing.assert_close(single, exact.float(), rtol=0, atol=5e-4)
 
 
-def test_solver_is_of_order_5():
+def test_the_solver_is_of_order_5_row_by_row_and_gives_up():
     """At this tolerance it takes three steps, in fixed parts of the interval: in half the interval
     the error is at most 1 / 2^6. A wrong coefficient would leave a lower order."""
     y_0, errors = torch.tensor([[0.5], [1.0], [-1.0]]).double(), []
@@ -1176,31 +1051,19 @@ def test_solver_is_of_order_5():
         y, count = sde.dormand_prince(lambda y, t: 2 * t[:, None] * y**2, y_0, 1.0, 1 + h, 1.0, 1.0)
         assert count == 1 + 3 * 6
         errors.append((y - 1 / (1 / y_0 + 1 - (1 + h) ** 2)).norm().item())
-    orders = [math.log2(a / b) for a, b in zip(errors, errors[1:], strict=False)]
+    orders = [math.log2(a / b) for a, b in pairwise(errors)]
     assert min(orders) > 5.9, orders
-
-
-def test_rows_do_not_see_each_other_in_the_solver():
-    def slope(y, t):
-        return y * (speeds[: len(y), None] * t[:, None]).cos() * speeds[: len(y), None]
-
-    speeds, y_0 = torch.tensor([1.0, 40.0, 5.0]).double(), torch.ones(3, 2).double()
+    speeds, y_0 = torch.tensor([[1.0], [40.0], [5.0]]).double(), torch.ones(3, 2).double()
+    slope = Calls(lambda y, t: y * (speeds[: len(y)] * t[:, None]).cos() * speeds[: len(y)])
     both, count = sde.dormand_prince(slope, y_0, 0.0, 2.0, 1e-6, 1e-6)
     alone, fewer = sde.dormand_prince(slope, y_0[:1], 0.0, 2.0, 1e-6, 1e-6)
-    assert torch.equal(both[:1], alone) and fewer < count / 3
-    exact = (speeds * 2).sin().exp()[:, None].expand(3, 2)
-    torch.testing.assert_close(both, exact, rtol=0, atol=1e-4)
-
-
-@pytest.mark.parametrize("slope", [
-    lambda y, t: -1e7 * (y - t.cos()[:, None]),  # stiff
-    lambda y, t: y * math.nan,
-    lambda y, t: torch.where(t[:, None] > 0.5, math.inf, 1.0) * y,
-    lambda y, t: y**2,  # infinite at t = 0.5
-])
-def test_a_hopeless_slope_ends_the_solver(slope):
-    with pytest.raises(ValueError, match="gave up at t = .* too stiff"):
-        sde.dormand_prince(slope, torch.full((2, 1), 2.0).double(), 0.0, 1.0, 1e-5, 1e-5, 300)
+    assert torch.equal(both[:1], alone) and fewer < count / 3  # rows do not see each other
+    torch.testing.assert_close(both, (speeds * 2).sin().exp().expand(3, 2), rtol=0, atol=1e-4)
+    for hopeless in (lambda y, t: -1e7 * (y - t.cos()[:, None]), lambda y, t: y * math.nan,
+                     lambda y, t: torch.where(t[:, None] > 0.5, math.inf, 1.0) * y,
+                     lambda y, t: y**2):  # stiff; the last is infinite at t = 0.5
+        with pytest.raises(ValueError, match="gave up at t = .* too stiff"):
+            sde.dormand_prince(hopeless, 2 * y_0, 0.0, 1.0, 1e-5, 1e-5, 300)
 
 
 @pytest.mark.parametrize("process", [
@@ -1234,12 +1097,8 @@ def test_guidance_gives_the_exact_conditional():
         v = m**2 / 4 + std**2
         return torch.stack([-((x - sign * m * c) ** 2 / (2 * v)).sum(1) for sign in (1, -1)], dim=1)
 
-    def score(x, t):
-        return gradient(lambda x: log_joint(x, t).logsumexp(1), x)
-
-    def log_prob(x, t):
-        return log_joint(x, t).log_softmax(1)[torch.arange(n), labels]
-
+    score = Calls(lambda x, t: torch.func.grad(lambda x: log_joint(x, t).logsumexp(1).sum())(x))
+    log_prob = Calls(lambda x, t: log_joint(x, t).log_softmax(1)[torch.arange(n), labels])
     m, std = (a[:, None] for a in mean_and_std("vp", t))
     exact = -(x - m * (1 - 2 * labels[:, None]) * c) / (m**2 / 4 + std**2)
     with torch.no_grad():  # as in every sampler
@@ -1266,34 +1125,25 @@ def test_classifiers_that_are_known():  # Score-SDE App. I.1
 
 
 @pytest.mark.parametrize(("name", "snr"), [("ve", 0.16), ("vp", 0.3)])
-def test_inpainting_with_a_corrector_gives_the_conditional_mean(name, snr):  # Score-SDE App. I.2
-    sigma = torch.tensor([[1.0, 0.8], [0.8, 1.0]]).double()
-    score, mask = exact_score(name, torch.zeros(2), sigma), torch.tensor([0.0, 1.0])
-    known = torch.tensor([[0.0, 1.5]]).double().expand(3000, 2)
+def test_inpainting_with_a_corrector_gives_the_conditional_mean(name, snr):
+    """Score-SDE App. I.2: at every call the known pixels, here 1.5, have new noise of its t."""
+    sigma, noise = torch.tensor([[1.0, 0.8], [0.8, 1.0]]).double(), []
+    exact, mask = exact_score(name, torch.zeros(2), sigma), torch.tensor([0.0, 1.0])
+    known = torch.tensor([[7.0, 1.5]]).double().expand(3000, 2)  # nothing sees the 7
+
+    def score(x, t):
+        m, std = mean_and_std(name, t[0])
+        noise.append((x[:, 1] - m * 1.5) / std)
+        assert abs(noise[-1].mean()) < 0.1 and noise[-1].std().item() == pytest.approx(1, rel=0.07)
+        return exact(x, t)
+
     for corrector, mean, error in (("none", 0.74, 0.03), ("langevin", 1.2, 0.024)):
         x = sde.inpaint(score, SDES[name], known, mask, SDES[name].prior(known.shape).double(),
                         N=600, corrector=corrector, snr=snr)
         assert torch.equal(x[:, 1], known[:, 1])
         assert x[:, 0].mean().item() == pytest.approx(mean, abs=error)  # 0.74: it is biased without
     assert x[:, 0].var().item() == pytest.approx(0.36, rel=0.12)
-
-
-def test_inpainting_sees_the_known_pixels_alone_with_new_noise_at_every_step():
-    """Score-SDE App. I.2."""
-    x, mask = torch.full((500, 1, 2, 2), 0.5), torch.tensor([[1.0, 0.0], [0.0, 0.0]])
-    x_T, outs = torch.randn_like(x), []
-    for given in (x, x * mask + 7 * (1 - mask)):
-        score = Calls(lambda x_t, t: -x_t)
-        outs.append(with_seed(4, sde.inpaint, score, SDES["vp"], given, mask, x_T, N=25,
-                              corrector="ald"))
-    assert torch.equal(outs[0], outs[1])
-    assert (outs[0][..., 0, 0] == 0.5).all() and not (outs[0][..., 1, 1] == 0.5).any()
-    seen = []
-    for x_t, t in score:
-        m, std = mean_and_std("vp", t[0])
-        seen.append((x_t[..., 0, 0] - m * 0.5) / std)
-        assert abs(seen[-1].mean()) < 0.2 and abs(seen[-1].std() - 1) < 0.15
-    assert len(seen) == 51 and abs((seen[0] * seen[1]).mean()) < 0.2
+    assert max(abs((a * b).mean()) for a, b in pairwise(noise)) < 0.1
 
 
 @pytest.mark.parametrize(("name", "snr"), [("ve", 0.16), ("vp", 0.3)])
@@ -1313,17 +1163,6 @@ def test_colorization_keeps_the_grey_image_and_gives_the_conditional_mean(name, 
     assert x.mean((0, 2, 3)).tolist() == pytest.approx(v.tolist(), abs=0.04)
     cov = torch.diag(v) - v.outer(v) / v.sum()
     torch.testing.assert_close(x.flatten(1).T.cov(), cov, rtol=0, atol=0.03)
-
-
-def test_langevin_takes_the_norms_of_the_batch():
-    """Score-SDE Alg. 4: of the step size 2 (r |z| / |g|)^2 both norms are means over the batch."""
-    scales, x = torch.tensor([[1.0], [100.0]]), torch.zeros(2, 4000)
-    z = with_seed(3, torch.randn_like, x)
-    out = with_seed(3, sde.correct, lambda x, t: scales.expand_as(x), SDES["ve"], x, torch.ones(2),
-                    0.1, "langevin", 0.1)
-    size = z.norm(dim=1).mean() / (math.sqrt(4000) * 50.5)
-    step = 2 * (0.1 * size) ** 2
-    torch.testing.assert_close(out, step * scales + (2 * step).sqrt() * z)
 
 
 # ---- 2. On a pretend GPU -------------------------------------------------------------------------
@@ -1469,20 +1308,15 @@ GPU_OWN = {  # flags that make each script's run tiny
 }
 
 
-def trained(path):
-    state = torch.load(path, weights_only=True)
-    leaves = tree_leaves([state[key] for key in ("model", "ema", "optimizer")])
-    return torch.cat([x.flatten().float() for x in leaves if isinstance(x, torch.Tensor)])
-
-
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_a_gpu_trains_resumes_and_samples_as_the_cpu_does(gpu, folder, name):
     module, words = SCRIPTS[name], f"{GPU_TINY} {GPU_OWN[name]}"
     module.main(f"{words} --steps 3 --out cpu --device cpu".split())
     gpu(module, f"{words} --steps 2 --out gpu")
     gpu(module, "--resume --steps 3 --out gpu")
-    torch.testing.assert_close(
-        trained("gpu/checkpoint.pt"), trained("cpu/checkpoint.pt"), rtol=1e-3, atol=1e-5)
+    states = [[state["model"], state["ema"], state["optimizer"]["state"]]
+              for state in map(load_state, ("gpu", "cpu"))]
+    torch.testing.assert_close(*states, rtol=1e-3, atol=1e-5)
     for picture in ("samples.png", "process.png"):
         ours, theirs = (np.array(Image.open(f"{run}/{picture}")).astype(int)
                         for run in ("gpu", "cpu"))
@@ -1505,7 +1339,7 @@ def test_no_step_waits_for_the_gpu(gpu, folder, name):
     assert counts[0] == counts[1]
 
 
-GPU_TASKS = [
+@pytest.mark.parametrize(("name", "words", "tasks"), [
     ("ddpm", "", "sample bpd interpolate"),
     ("ddpm", "--objective vlb --variance small --no-clip --bf16", "bpd"),
     ("ddim", "", "sample sweep reconstruct interpolate"),
@@ -1531,10 +1365,7 @@ GPU_TASKS = [
     ("d3pm", "--transition gaussian --head logistic", "sample"),
     ("d3pm", "--dataset book.txt", "sample bpd infill"),
     ("d3pm", "--dataset book.txt --transition uniform", "sample"),
-]
-
-
-@pytest.mark.parametrize(("name", "words", "tasks"), GPU_TASKS)
+])
 def test_every_task_runs_on_a_gpu(gpu, folder, name, words, tasks):
     module = SCRIPTS[name]
     gpu(module, f"{GPU_TINY} {GPU_OWN[name]} --steps 1 --out run {words}")
@@ -1565,6 +1396,7 @@ def test_the_pretend_gpu_refuses_what_a_gpu_refuses():
 
 X, STATES = torch.zeros(2, 3), torch.zeros(2, 3).long()
 SHORT, SIGMAS = d3pm.CategoricalDiffusion(3, 5), ncsn.geometric_sigmas(1.0, 0.01, 5)
+LEVELS = SIGMAS.flip(0).tolist()
 REFUSED = {  # function: arguments that are undefined
     ddpm.Schedule: [(1,), (10, 0.0, 0.1), (10, 0.1, 1.0), (10, 0.2, 0.1), (1000, 1e-4, 0.5)],
     ddpm.ddpm_sample: [(torch.add, X, ddpm.Schedule(5), "learned")],
@@ -1684,9 +1516,6 @@ def test_chains_that_are_done_or_begin_late_or_end_by_denoising():
         assert [*shown] == list(range(N, -1, -1)) and torch.equal(shown[0], out)
 
 
-LEVELS = SIGMAS.flip(0).tolist()
-
-
 @pytest.mark.parametrize(("loss", "levels"), [
     (lambda model, x: ddpm.ddpm_loss(model, x, ddpm.Schedule(5)), range(1, 6)),
     (lambda model, x: ddpm.vlb_loss(model, x, ddpm.Schedule(5)), range(1, 6)),
@@ -1703,6 +1532,46 @@ def test_losses_draw_every_level_alike_and_leave_x(loss, levels):
     assert drawn.tolist() == pytest.approx(list(levels))
     within(counts, 400, 18.0, sigmas=4)
     assert not x.any() and not x.requires_grad
+
+
+@pytest.mark.parametrize("transition", TRANSITIONS)
+@pytest.mark.parametrize("size", [1e3, 1e30])
+def test_extreme_logits_give_no_nan(transition, size):
+    K = 16
+    diffusion = d3pm.CategoricalDiffusion(K, 5, transition)
+    x_0 = torch.cat([torch.randint(K, (40, 3)), torch.full((20, 3), K // 2)])  # absorbed, too
+    for state in (0, K - 1, K // 2):
+        logits = torch.randn(60, 3, K) * size
+        logits[:20] = -size
+        logits[:20, :, state] = size
+        logits.requires_grad_()
+        loss = d3pm.d3pm_loss(lambda x_t, t, logits=logits: logits, x_0, diffusion)
+        loss.backward()
+        assert loss.isfinite() and logits.grad.isfinite().all()
+        bits = d3pm.bits_per_dim(lambda x_t, t, logits=logits: logits, x_0, diffusion)
+        assert bits["total"].isfinite().all()
+    certain = torch.where(torch.arange(K) == K - 1, 0.0, -math.inf).expand(60, 3, K)
+    x = d3pm.d3pm_sample(lambda x_t, t: certain, diffusion.prior_sample((60, 3)), diffusion)
+    assert (x == K - 1).all()
+
+
+def test_a_text_never_predicts_its_mask():
+    diffusion, shown = d3pm.CategoricalDiffusion(5, 6, "absorbing", mask=4), {}
+    weight, x_0 = torch.randn(5, 4, requires_grad=True), torch.randint(4, (200, 7))
+    model = Calls(lambda x_t, t: F.pad(weight[x_t], (0, 1), value=-math.inf))
+    d3pm.d3pm_loss(model, x_0, diffusion).backward()
+    assert weight.grad.isfinite().all() and weight.grad[4].any()
+    assert d3pm.bits_per_dim(model, x_0, diffusion)["total"].isfinite().all()
+    x_T = diffusion.prior_sample((200, 7))
+    x = d3pm.d3pm_sample(model, x_T, diffusion, callback=shown.__setitem__)
+    assert x.max() < 4 and (shown[6] == 4).all()
+    for t in range(6, 1, -1):  # a state stays until t = 1
+        assert (shown[t - 1][shown[t] < 4] == shown[t][shown[t] < 4]).all()
+    for T in (1, 2):  # the last step may take the mode
+        diffusion, x_T = d3pm.CategoricalDiffusion(3, T), torch.randint(3, (50, 2, 3))
+        mode = Calls(lambda x_t, t: torch.tensor([0.0, 3.0, 1.0]).expand(50, 2, 3, 3))
+        x = d3pm.d3pm_sample(mode, x_T, diffusion, final_mode=True)
+        assert torch.equal(x, torch.ones_like(x_T))
 
 
 # ---- 2. At the edges: the networks ---------------------------------------------------------------
@@ -1905,54 +1774,9 @@ def test_networks_are_the_published_ones(make):
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
 
 
-# ---- 2. At the edges: D3PM -----------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("transition", TRANSITIONS)
-@pytest.mark.parametrize("size", [1e3, 1e30])
-def test_extreme_logits_give_no_nan(transition, size):
-    K = 16
-    diffusion = d3pm.CategoricalDiffusion(K, 5, transition)
-    x_0 = torch.cat([torch.randint(K, (40, 3)), torch.full((20, 3), K // 2)])  # absorbed, too
-    for state in (0, K - 1, K // 2):
-        logits = torch.randn(60, 3, K) * size
-        logits[:20] = -size
-        logits[:20, :, state] = size
-        logits.requires_grad_()
-        loss = d3pm.d3pm_loss(lambda x_t, t, logits=logits: logits, x_0, diffusion)
-        loss.backward()
-        assert loss.isfinite() and logits.grad.isfinite().all()
-        bits = d3pm.bits_per_dim(lambda x_t, t, logits=logits: logits, x_0, diffusion)
-        assert bits["total"].isfinite().all()
-    certain = torch.where(torch.arange(K) == K - 1, 0.0, -math.inf).expand(60, 3, K)
-    x = d3pm.d3pm_sample(lambda x_t, t: certain, diffusion.prior_sample((60, 3)), diffusion)
-    assert (x == K - 1).all()
-
-
-def test_a_text_never_predicts_its_mask():
-    diffusion, shown = d3pm.CategoricalDiffusion(5, 6, "absorbing", mask=4), {}
-    weight, x_0 = torch.randn(5, 4, requires_grad=True), torch.randint(4, (200, 7))
-
-    def model(x_t, t):
-        return F.pad(weight[x_t], (0, 1), value=-math.inf)
-
-    d3pm.d3pm_loss(model, x_0, diffusion).backward()
-    assert weight.grad.isfinite().all() and weight.grad[4].any()
-    assert d3pm.bits_per_dim(model, x_0, diffusion)["total"].isfinite().all()
-    x_T = diffusion.prior_sample((200, 7))
-    x = d3pm.d3pm_sample(model, x_T, diffusion, callback=shown.__setitem__)
-    assert x.max() < 4 and (shown[6] == 4).all()
-    for t in range(6, 1, -1):  # a state stays until t = 1
-        assert (shown[t - 1][shown[t] < 4] == shown[t][shown[t] < 4]).all()
-    for T in (1, 2):  # the last step may take the mode
-        diffusion, x_T = d3pm.CategoricalDiffusion(3, T), torch.randint(3, (50, 2, 3))
-        mode = Calls(lambda x_t, t: torch.tensor([0.0, 3.0, 1.0]).expand(50, 2, 3, 3))
-        x = d3pm.d3pm_sample(mode, x_T, diffusion, final_mode=True)
-        assert torch.equal(x, torch.ones_like(x_T))
-
-
 # ---- 3. As a user --------------------------------------------------------------------------------
 
+MADE = {}
 BOOK = "It was -- as ever -- a DARK night, and in 1887 the wind had\nno mercy: none at all! " * 50
 
 
@@ -2064,9 +1888,6 @@ def results(path, task=None):
     return found if task is None else found[task]
 
 
-MADE = {}
-
-
 @pytest.fixture
 def take(folder, tmp_path_factory):
     """A function that copies these scripts' tiny runs, made once, into folders of their names."""
@@ -2095,16 +1916,12 @@ def calls(monkeypatch):
     return seen
 
 
-RUNS = {  # network evaluations of a sample; columns of process.png
-    "ncsn": (9, 9), "ddpm": (20, 16), "ddim": (5, 6), "sde": (13, 7), "sliced_sm": (9, 9),
-    "d3pm": (20, 16),
-}
-
-
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_a_run_and_its_samples_once_more(take, name):
+@pytest.mark.parametrize(("name", "evaluations", "columns"), [  # of a sample; of process.png
+    ("ncsn", 9, 9), ("ddpm", 20, 16), ("ddim", 5, 6), ("sde", 13, 7), ("sliced_sm", 9, 9),
+    ("d3pm", 20, 16),
+])
+def test_a_run_and_its_samples_once_more(take, name, evaluations, columns):
     take(name)
-    evaluations, columns = RUNS[name]
     assert files_of(name) == {
         "checkpoint.pt", "images", "log.jsonl", "process.png", "results.json", "samples.png"}
     log, found, settings = log_lines(name), results(name), load_state(name)["settings"]
@@ -2114,8 +1931,8 @@ def test_a_run_and_its_samples_once_more(take, name):
     assert found["step"] == 4 and found["torch"] == torch.__version__ and "date" in found
     assert found.keys() - {"arguments", "step", "torch", "date"} <= {"sample", "bpd", "test"}
     assert (found["sample"]["n"], found["sample"]["evaluations"]) == (3, evaluations)
-    assert Image.open(f"{name}/process.png").size == (columns * 50 + 2, 2 * 50 + 2)  # of the first batch
-    assert Image.open(f"{name}/samples.png").size == (2 * 50 + 2, 2 * 50 + 2)
+    for picture, width in (("process", columns), ("samples", 2)):  # 2 rows
+        assert Image.open(f"{name}/{picture}.png").size == (width * 50 + 2, 2 * 50 + 2)
     use(SCRIPTS[name], name, words="--sample-batch-size 2")
     first, again = pictures(f"{name}/images"), pictures(f"{name}/sample/images")
     assert len(first) == 3 and first == again  # same seed, same images
@@ -2133,6 +1950,11 @@ def test_bounds_of_ddpm_and_d3pm_and_flags_of_samples(take, monkeypatch):
             assert table[0][1] == pytest.approx(bits["L_T"] + bits["L_t"])
     levels = np.unique(np.array(Image.open("d3pm/images/000000.png"))).tolist()
     assert {*levels} <= {0, 64, 128, 191, 255} and bits["L_T"] == 0
+    bits = {"L_T": torch.tensor([1.0, 3.0]), "L_t": torch.tensor([[20.0, 10.0], [40.0, 30.0]]),
+            "mse": torch.tensor([[0.01, 0.04, 1.0], [0.03, 0.04, 1.0]])}  # t = 1, 2, 3
+    rate, rmse = ddpm.rate_distortion(bits)  # DDPM Table 4, by reverse time
+    assert rate.tolist() == [2, 22, 52]  # x_3; x_3, x_2; x_3, x_2, x_1
+    torch.testing.assert_close(rmse, 127.5 * torch.tensor([1.0, 0.2, math.sqrt(0.02)]))
     error = math.sqrt(38 / 3 / 4)  # of the mean of 1, 2, 4 and 9
     assert ddpm.standard_error(torch.tensor([1.0, 2, 4, 9])) == pytest.approx(error, rel=1e-3)
     sampler = Mock(wraps=ddpm.ddpm_sample)
@@ -2141,7 +1963,8 @@ def test_bounds_of_ddpm_and_d3pm_and_flags_of_samples(take, monkeypatch):
     assert {call.args[3:] for call in sampler.call_args_list} == {("small", False)}
 
 
-GIVEN = [  # a checkpoint, what is done with it, and the times that its network is given
+@pytest.mark.parametrize(("name", "module", "words", "given"), [
+    # a checkpoint, what is done with it, and the times that its network is given
     ("ddpm", ddpm, "", range(20)), ("ddpm", ddpm, "--task bpd", range(20)),  # t - 1
     ("ddpm", ddim, "--num-steps 5", range(3, 20, 4)), ("ncsn", ncsn, "", {0}),
     ("ncsn", ncsn, "--task inpaint", {0}), ("sliced_sm", sliced_sm, "", range(4)),
@@ -2153,11 +1976,8 @@ GIVEN = [  # a checkpoint, what is done with it, and the times that its network 
     ("ddpm", sde, "--num-steps 19 --corrector none", range(20)),  # T t - 1
     ("ddpm", sde, "--task bpd --tolerance 0.1", 0),  # the least; t_min is 1 / T
     ("sde", sde, "--task bpd --tolerance 0.1", 999e-5), ("sde", sde, "--predictor ode", 0.999),
-    ("ddpm", ddim, "--task reconstruct", 0), ("sde", sde, "--task interpolate", 0.00999),
-]
-
-
-@pytest.mark.parametrize(("name", "module", "words", "given"), GIVEN)
+    ("ddpm", ddim, "--task reconstruct", 0), ("sde", sde, "--task interpolate", 0.999),
+])
 def test_what_times_and_precision_the_network_is_given(take, calls, name, module, words, given):
     """What is measured is in float32, whatever --bf16 says: samples heed that, but do not take it
     from a checkpoint."""
@@ -2168,7 +1988,7 @@ def test_what_times_and_precision_the_network_is_given(take, calls, name, module
         calls.clear()
         module.main(f"--checkpoint {name}/checkpoint.pt --out x{flag} {words} {flag}".split())
         assert not any(call.training for call in calls)
-        low = flag and "--task" not in words and "ode" not in words
+        low = flag and not re.search("bpd|test|reconstruct|interpolate|ode", words)
         assert {call.autocast for call in calls} == {bool(low)}
     found = sorted({round(t, 4) + 0.0 for call in calls for t in call.t.tolist()})
     if isinstance(given, (int, float)):
@@ -2193,7 +2013,8 @@ def test_resume_is_bit_for_bit_with_previews_and_without(folder, module):
     assert [json.loads(line)["step"] for line in whole] == [1, 2, 3, 4, 6, 8, 9, 10]
     assert whole[-3:] == parts[-3:] and pictures("whole/images") == pictures("parts/images")
     assert files_of("whole") - files_of("parts") == {f"samples-{n}.png" for n in (2, 4, 8)}
-    assert Image.open("whole/samples-8.png").size == (2 * 50 + 2, 50 + 2) and results("parts")["step"] == 10
+    assert Image.open("whole/samples-8.png").size == (2 * 50 + 2, 50 + 2)
+    assert results("parts")["step"] == 10
 
 
 MISTAKES = {  # what is wrong, and what the last line says
@@ -2203,7 +2024,6 @@ MISTAKES = {  # what is wrong, and what the last line says
         ("--dataset broken", "cannot read broken/3.png: .*truncated"),
         ("--dataset deep", "cannot read deep/0.png: more than 8 bits per channel"),
         ("--image-size 17", "multiples of 2"),
-        ("--image-size x", "--image-size: invalid int value: 'x'"),
         ("--lr nan", "--lr: nan is not a finite number >= 0"),
         ("--channel-mult 1 -2", "--channel-mult: -2 is not a finite number"),
         ("--channel-mult", "expected at least one argument"), ("--dropout 1.5", "dropout"),
@@ -2213,7 +2033,6 @@ MISTAKES = {  # what is wrong, and what the last line says
         ("--T 1", "need T >= 2"), ("--mix-at 21", "--mix-at 21 is beyond"),
         ("--channels 130", "multiple of 32"),
         ("--variance learned", "--variance: invalid choice: 'learned'"),
-        ("--frobnicate", "unrecognized arguments"),
         ("--resume", "runs/ddpm-digits/checkpoint.pt is missing, damaged .* No such file"),
         ("--checkpoint truncated.pt", "truncated.pt is missing, damaged"),
         ("--checkpoint text.pt", "text.pt is missing, damaged"),
@@ -2231,7 +2050,8 @@ MISTAKES = {  # what is wrong, and what the last line says
         ("--out photos/cat/1.png/run", "photos/cat/1.png"),
     ],
     "ddim": [
-        ("--num-steps 21", "21 steps are not within 1..20"), ("--eta 1.5", "--eta 1.5 is more than 1"),
+        ("--num-steps 21", "21 steps are not within 1..20"),
+        ("--eta 1.5", "--eta 1.5 is more than 1"),
         ("--checkpoint ncsn/checkpoint.pt", "of ncsn, not of ddim or ddpm"),
         ("--resume --out ddpm", "checkpoint of ddpm, not of ddim"),
         ("--checkpoint ddpm/checkpoint.pt --variance analytic --sigma-hat", "two choices"),
@@ -2277,7 +2097,6 @@ MISTAKES = {  # what is wrong, and what the last line says
         ("--dataset book.txt --length 400", "--length 400 needs 16000"),
         ("--dataset latin.txt", "latin.txt is not a UTF-8 text"),
         ("--dataset russian.txt", "russian.txt: most letters are not Latin"),
-        ("--checkpoint text.pt --dataset digits", "text.pt is missing, damaged"),
     ],
 }
 
@@ -2309,19 +2128,6 @@ def test_mistakes_are_named_and_overwrite_nothing(take, name, words, match):
     assert contents(".") == before and not Path("executed").exists()
 
 
-def test_a_full_disk_keeps_the_last_checkpoint(folder):
-    run("--out run --steps 2")
-    good = Path("run/checkpoint.pt").read_bytes()
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (len(good) // 2, limits[1]))
-    try:
-        with pytest.raises((OSError, RuntimeError)):
-            run("--out run --resume --steps 4")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert Path("run/checkpoint.pt").read_bytes() == good
-
-
 def test_no_flipped_byte_loads_wrong_values(tmp_path):
     path = tmp_path / "checkpoint.pt"
     state = {"method": "ddpm", "step": 3, "settings": {"dataset": "digits"},
@@ -2335,10 +2141,6 @@ def test_no_flipped_byte_loads_wrong_values(tmp_path):
         except ValueError:
             refused += 1
     assert refused > 500
-    for i in range(0, len(good), 37):
-        path.write_bytes(good[:i])
-        with pytest.raises(ValueError, match="checkpoint.pt is missing, damaged"):
-            load_state(path)
 
 
 def start(words):
@@ -2367,7 +2169,7 @@ def test_signals_kill_and_resume(folder):
         out, _ = process.communicate(timeout=30)
         before, step = step, load_state("run")["step"]
         assert process.returncode == 128 + number and step > before > 0
-        assert f"stopped after step {step}, saved as run/checkpoint.pt: continue with --resume" in out
+        assert f"stopped after step {step}, saved as run/checkpoint.pt: continue with" in out
 
 
 def test_copied_alone_they_still_run(take):
@@ -2416,12 +2218,11 @@ def test_a_host_that_is_no_console_and_any_seed(folder, monkeypatch):
     assert "step 1 of 1" in sys.stdout.getvalue() and load_state("runs/ddpm-digits")["step"] == 1
 
 
-FEW = [("ddpm", "bpd"), ("ddpm", "interpolate"), ("ddim", "reconstruct"), ("ncsn", "inpaint"),
-       ("sliced_sm", "test"), ("d3pm", "bpd"), ("d3pm", "infill"), ("sde", "bpd"),
-       ("sde", "interpolate"), ("sde", "inpaint"), ("sde", "class")]
-
-
-@pytest.mark.parametrize(("name", "task"), FEW)
+@pytest.mark.parametrize(("name", "task"), [
+    ("ddpm", "bpd"), ("ddpm", "interpolate"), ("ddim", "reconstruct"), ("ncsn", "inpaint"),
+    ("sliced_sm", "test"), ("d3pm", "bpd"), ("d3pm", "infill"), ("sde", "bpd"),
+    ("sde", "interpolate"), ("sde", "inpaint"), ("sde", "class"),
+])
 def test_too_few_test_images_are_an_error_and_one_is_enough(take, name, task):
     """Except to interpolate between two. No warning, no NaN in results.json."""
     take(name)
@@ -2431,8 +2232,8 @@ def test_too_few_test_images_are_an_error_and_one_is_enough(take, name, task):
     if task == "interpolate":
         return refused("needs two test images", f"{words} x", SCRIPTS[name], tiny=False)
     if (name, task) not in (("sde", "inpaint"), ("sde", "class")):  # these have no --num-test
-        refused("--num-test: 0 is not a finite number >= 1", f"{words} x --num-test 0", SCRIPTS[name],
-                tiny=False)
+        match = "--num-test: 0 is not a finite number >= 1"
+        refused(match, f"{words} x --num-test 0", SCRIPTS[name], tiny=False)
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # of the deviation of one number
         SCRIPTS[name].main(f"{words} y --num-test 1".split())
@@ -2459,7 +2260,8 @@ def in_test(paths):
 
 
 FLAT = [f"{i}.png" for i in range(40)] + ["0a.png"]
-LAYOUTS = [  # the files of a folder; those for testing, None: by the README's rule; the classes
+@pytest.mark.parametrize(("paths", "test", "classes"), [
+    # the files of a folder; those for testing, None: by the README's rule; the classes
     (FLAT, None, ()),
     (sorted({*FLAT} - {*in_test(FLAT)}), None, ()),  # no hash is a multiple of 10
     ([*FLAT, *(f"{'cat' if i % 2 else 'dog'}/old/{i}.png" for i in range(20))], None,
@@ -2467,10 +2269,7 @@ LAYOUTS = [  # the files of a folder; those for testing, None: by the README's r
     *[(["Train/a/0.png", "Train/b/1.png", "Train/2.png", f"{name}/b/3.png", f"{name}/c/4.png"],
        [f"{name}/b/3.png", f"{name}/c/4.png"], ("a", "b", "c"))
       for name in ("test", "Val", "VALID", "validation")],
-]
-
-
-@pytest.mark.parametrize(("paths", "test", "classes"), LAYOUTS)
+])
 def test_folders_give_splits_and_classes(tmp_path, paths, test, classes):
     for red, path in enumerate(paths):
         save(tmp_path / path, (red, 0, 0))
@@ -2501,18 +2300,15 @@ def test_what_is_read_from_a_folder(folder, monkeypatch):
             assert Path("runs/ddpm-many/images/000000.png").exists()
         (images, labels), (test, more) = load(".", 8)
         assert len(images) + len(test) == 9 and {*labels.tolist(), *more.tolist()} == {0, 1}
-
-
-def test_grey_are_images_whose_training_split_is(tmp_path):
-    save(tmp_path / "train/0.png", 40, mode="L")
-    save(tmp_path / "train/1.png", (7, 7, 7))  # equal channels are grey, too
-    save(tmp_path / "test/0.png", (255, 0, 0))
-    (images, _), (test, _) = load(tmp_path, 8)
+    save("grey/train/0.png", 40, mode="L")
+    save("grey/train/1.png", (7, 7, 7))  # equal channels are grey, too
+    save("grey/test/0.png", (255, 0, 0))
+    (images, _), (test, _) = load("grey", 8)  # grey, as its training split is
     assert images.shape[1] == test.shape[1] == 1 and test[0, 0, 0, 0] == 76
-    assert load(tmp_path, 8, channels=3)[0][0].shape == (2, 3, 8, 8)
-    save(tmp_path / "train/2.png", (255, 0, 0))
-    assert load(tmp_path, 8)[0][0].shape[1] == 3
-    assert load(tmp_path, 8, channels=1)[0][0].shape[1] == 1
+    assert load("grey", 8, channels=3)[0][0].shape == (2, 3, 8, 8)
+    save("grey/train/2.png", (255, 0, 0))
+    assert load("grey", 8)[0][0].shape[1] == 3
+    assert load("grey", 8, channels=1)[0][0].shape[1] == 1
 
 
 def test_unusual_files_that_are_good_and_two_that_are_not(tmp_path, monkeypatch):
@@ -2560,48 +2356,29 @@ def test_bundled_digits():
     assert (near == test_labels).float().mean() > 0.75  # the tiles are cut and labelled right
 
 
-def test_cifar10_and_mnist_files_as_torchvision_lays_them(folder, monkeypatch):
-    root, pixels = Path("data/cifar-10-batches-py"), np.arange(10 * 3072) % 256
-    root.mkdir(parents=True)
-    batch = {"data": pixels.reshape(10, 3072).astype(np.uint8), "labels": list(range(10))}
-    for name in [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]:
-        (root / name).write_bytes(pickle.dumps(batch))
-    (root / "batches.meta").write_bytes(pickle.dumps({"label_names": list("abcdefghij")}))
-    monkeypatch.setattr(torchvision.datasets.CIFAR10, "_check_integrity", lambda self: True)
-    monkeypatch.setattr(torchvision.datasets.cifar, "check_integrity", lambda path, md5: True)
-    (images, labels), _ = load("cifar10", 32)
-    assert images.shape == (50, 3, 32, 32) and labels[3] == 3
-    assert images[0, 1, 0, :3].tolist() == [0, 1, 2]  # the green plane begins at byte 1024
-    raw = Path("data/MNIST/raw")
-    raw.mkdir(parents=True)
-    for part, n in (("train", 12), ("t10k", 5)):
-        head = np.array([0x803, n, 28, 28], ">i4").tobytes()
-        (raw / f"{part}-images-idx3-ubyte").write_bytes(head + bytes(range(n)) * 784)
-        head = np.array([0x801, n], ">i4").tobytes()
-        (raw / f"{part}-labels-idx1-ubyte").write_bytes(head + bytes(range(n)))
+def test_data_sets_of_torchvision(folder, monkeypatch):
+    pixels, labels = torch.randint(256, (5, 32, 32, 3), dtype=torch.uint8), [3, 0, 9, 1, 2]
+    for name, data, targets in (("CIFAR10", pixels.numpy(), labels),
+                                ("MNIST", pixels[:, :28, :28, 0], torch.tensor(labels))):
+        kind = Mock(return_value=SimpleNamespace(data=data, targets=targets))
+        monkeypatch.setattr(torchvision.datasets, name, kind)
+    assert equal(load("cifar10", 32)[0], (pixels.movedim(3, 1), torch.tensor(labels)))
     run("--dataset mnist --channel-mult 1 1 --num-res-blocks 1 --out mnist")
-    assert load("mnist", 28)[1][0].shape == (5, 1, 28, 28)
-
-
-class Toy(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.w = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
-
-    def forward(self, x):
-        return self.w
+    assert equal(load("mnist", 28)[1][0], pixels[:, None, :28, :28, 0])
+    assert [call.kwargs["train"] for call in kind.call_args_list[-2:]] == [True, False]
 
 
 def fit_toy(words, loss_fn, *data):
-    """Trains Toy in the folder run, at a rate of 0.1, and returns it; path gets its weights before
-    each step. loss_fn(w, *rows)."""
-    rate = "--lr 0.1 --warmup 0 --lr-decay 0 --out run"
-    args, toy, path = parse(ddpm, *TINY, *rate.split(), *words.split()), Toy(), []
+    """Trains the weights w = (1, -2) of a module in the folder run, at a rate of 0.1, and returns
+    it; path gets its weights before each step. loss_fn(w, *rows)."""
+    rate, toy, path = "--lr 0.1 --warmup 0 --lr-decay 0 --out run", torch.nn.Module(), []
+    toy.w, toy.forward = torch.nn.Parameter(torch.tensor([1.0, -2.0])), lambda rows: toy.w
 
     def loss(net, *rows):
         path.append(toy.w.detach().clone())
         return loss_fn(net(rows[0]), *rows)
 
+    args = parse(ddpm, *TINY, *rate.split(), *words.split())
     ddpm.fit(toy, loss, data or (torch.arange(9),), args, ddpm.setup(args))
     path.append(load_state("run")["model"]["w"])
     return toy, path
@@ -2728,17 +2505,7 @@ def test_ddim_tasks_on_the_checkpoint_of_ddpm(take, monkeypatch):
     assert (sample["evaluations"], sample["clip"]) == (7, True)
     table = use(ddim, "ddpm", "reconstruct", "--num-test 3")["table"]
     assert [row["S"] for row in table] == [10, 20] and results("ddpm/reconstruct")["step"] == 4
-    states, step = [], ddim.ddim_step
-
-    def spy(x_t, *arguments, **options):
-        states.append((x_t, torch.get_rng_state()))
-        return step(x_t, *arguments, **options)
-
-    monkeypatch.setattr(ddim, "ddim_step", spy)
     assert len(use(ddim, "ddpm", "sweep")["table"]) == 14  # 5 eta and 2 analytic, S = 10, 20 = T
-    for _, state in states:  # no noise is the x_T that all rows begin with
-        torch.set_rng_state(state)
-        assert not torch.equal(torch.randn_like(states[0][0]), states[0][0])
 
 
 @pytest.mark.parametrize("dequantize", [False, True])
@@ -2851,7 +2618,8 @@ CONFIG = dict(attention_head_dim=None, flip_sin_to_cos=False, freq_shift=1, down
               norm_eps=1e-6, block_out_channels=[8, 16])
 SCHEDULER = dict(prediction_type="epsilon", beta_schedule="linear", beta_start=1e-4, beta_end=0.02,
                  num_train_timesteps=1000)
-OTHERS = [  # the file, a wrong value in it, or None: an absent key with the library's default
+@pytest.mark.parametrize(("file", "key", "value"), [
+    # the file, a wrong value in it, or None: an absent key with the library's default
     *[("config.json", *change) for change in (
         ("attention_head_dim", 8), ("flip_sin_to_cos", True), ("freq_shift", 0),
         ("downsample_padding", 1), ("norm_eps", 1e-5), ("flip_sin_to_cos", None),
@@ -2859,10 +2627,7 @@ OTHERS = [  # the file, a wrong value in it, or None: an absent key with the lib
     *[(f"{place}scheduler_config.json", *change) for place in ("", "scheduler/") for change in (
         ("prediction_type", "v_prediction"), ("beta_schedule", "squaredcos_cap_v2"),
         ("beta_start", 1e-3), ("beta_end", 0.012), ("num_train_timesteps", 4000))],
-]
-
-
-@pytest.mark.parametrize(("file", "key", "value"), OTHERS)
+])
 def test_weights_of_another_network_or_process_are_refused(folder, monkeypatch, file, key, value):
     net, real = UNet(1, 1, 8, (1, 2), 1, image_size=8), CONFIG if file == "config.json" else {}
     torch.save(diffusers_state(net), "diffusion_pytorch_model.bin")
@@ -2928,12 +2693,11 @@ def test_levels_and_their_losses_are_measured(take, monkeypatch):
     new = results("new", "arguments")
     assert new["sigma_max"] == pytest.approx(7.386, abs=0.01)
     assert new["levels"] == ncsn.scales_technique2(new["sigma_max"], 0.01, 256)
+    run("--out ve --sde ve --steps 1", sde)
+    assert results("ve", "arguments")["sigma_max"] == new["sigma_max"]
     run("--out old --settings 2019 --steps 1", ncsn)
     old = load_state("old")
     assert equal(old["model"], old["ema"]) and old["settings"]["dequantize"]  # 2019: no EMA
-    ncsn.main("--dataset gmm --num-samples 2000 --T 10".split())
-    share = results("runs/ncsn-gmm", "sample")["share_at_-5"]
-    assert share["Langevin"] == pytest.approx(0.48, abs=0.05)
     take("sliced_sm")
     monkeypatch.setattr(UNet, "forward", lambda net, x, t: t.view(-1, 1, 1, 1) + 0 * x)
     losses = use(sliced_sm, "sliced_sm", "test", "--out known --num-test 20")["dsm_loss"]
@@ -2960,8 +2724,7 @@ def test_d3pm_of_a_text(folder, transition):
         assert len(parts) == 6  # two masks of three texts
         for given, *texts in (part.split("\n") for part in parts):
             assert "_" in given and len(texts) == 4  # three completions and the original
-            for text in texts:
-                assert all(a in ("_", b) for a, b in zip(given, text, strict=True))
+            assert all(re.fullmatch(given.replace("_", "."), text) for text in texts)
     shutil.move("book.txt", "other.txt")  # samples need no text
     use(d3pm, "run")
     assert Path("run/sample/samples.txt").read_text() == Path("run/samples.txt").read_text()
@@ -2978,13 +2741,9 @@ def test_texts_are_folded_split_and_downloaded_once(folder, monkeypatch):
     Path("german.txt").write_text("M\u00fc\u00dften \ufb01xe N\u00e4gel; " * 40, "utf-8-sig")
     train, _ = d3pm.load_text(parse(d3pm, "--dataset", "german.txt", "--length", "10"))
     assert d3pm.to_text(train)[:19] == "mussten fixe nagel "
-
-    def download(url, path):
-        with zipfile.ZipFile(path, "w") as archive:
-            archive.writestr("text8", "the quick brown fox " * 100)
-        return path, None
-
-    download = Mock(wraps=download)
+    with zipfile.ZipFile("elsewhere.zip", "w") as archive:
+        archive.writestr("text8", "the quick brown fox " * 100)
+    download = Mock(side_effect=lambda url, path: (shutil.copy("elsewhere.zip", path), None))
     monkeypatch.setattr(d3pm.urllib.request, "urlretrieve", download)
     args = parse(d3pm, *"--dataset text8 --length 10".split())
     assert equal(d3pm.load_text(args), d3pm.load_text(args)) and files_of("data") == {"text8.zip"}
@@ -2992,22 +2751,6 @@ def test_texts_are_folded_split_and_downloaded_once(folder, monkeypatch):
     Path("data/text8.zip").write_bytes(b"half a zip")
     with pytest.raises(ValueError, match="data/text8.zip .*not a zip file"):
         d3pm.load_text(args)
-
-
-@pytest.mark.parametrize(("module", "words", "expected"), [
-    (d3pm, "text8", ("absorbing", 0.01, 512, 0, 768)),
-    (d3pm, "text8 --transition auto", ("absorbing", 0.01, 512, 0, 768)),
-    (d3pm, "text8 --method multinomial", ("uniform", 0, 32, 0, 512)),
-    (d3pm, "text8 --transition uniform", ("uniform", 0, 512, 0, 768)),
-    (d3pm, "book.txt --method multinomial", ("uniform", 0, 8, 0.999, 128)),
-    (sde, "cifar10", ("ddpm++", 4)), (sde, "cifar10 --sde ve --network auto", ("ncsn++", 4)),
-    (sde, "cifar10 --deep", ("ddpm++", 8)), (sde, "cifar10 --network unet", ("unet", 2)),
-])
-def test_settings_that_depend_on_others(folder, module, words, expected):
-    args = vars(parse(module, "--dataset", *words.split()))
-    keys = ("network", "num_res_blocks") if module is sde else (
-        "transition", "hybrid", "batch_size", "ema_decay", "width")
-    assert tuple(args[key] for key in keys) == expected
 
 
 def test_tasks_of_sde(take):
@@ -3018,73 +2761,45 @@ def test_tasks_of_sde(take):
     assert {row["evaluations"] for row in table[:-1]} == {7, 13}
     chain = sde.chain(parse(sde, *"--task inpaint --snr 0.3 --control-snr 0.2".split()))
     assert chain["snr"] == 0.2
-    drawn = use(sde, "sde", "class", "--num-samples 11 --sample-batch-size 9 --save-every 1")
-    assert drawn["n"] == len(contents("sde/class/images")) == 20  # equally many of each class
-    assert files_of("sde/class") == {
-        "classes.png", "classifier.pt", "images", "log.jsonl", "results.json"}
+    drawn = use(sde, "sde", "class", "--num-samples 11 --sample-batch-size 9")
+    assert drawn["n"] == len(pictures("sde/class/images")) == 20  # equally many of each class
 
 
-def test_a_classifier_tells_solid_colours_apart(folder):
-    for i in range(60):
-        save(f"solid/{'ab'[i % 2]}/{i}.png", 250 * (i % 2), mode="L")
-    words = "--dataset solid --image-size 8 --attention-resolutions --sde ve --steps 1 --out run"
-    run(words, sde)
-    assert load_state("run")["settings"]["sigma_max"] == pytest.approx(8 * 250 / 255)  # measured
-    words = "--classifier-steps 60 --lr 1e-2 --warmup 0 --sample-batch-size 64"
-    assert use(sde, "run", "class", words)["t_accuracy"][0] == [1e-5, 1.0]
-    save("solid/stray.png", 0)
-    words = "--checkpoint run/checkpoint.pt --task class --out x"
-    refused("solid: each image must be in the folder of its class", words, sde, tiny=False)
-
-
-@pytest.mark.parametrize("name", ["sde", "ddpm"])
-def test_samples_of_the_ode_are_denoised_only_for_a_network_of_ddpm(take, name, monkeypatch):
-    """Where the solver ends at 0.5 and the network says that the noise there is 1 everywhere."""
-    take(name)  # ddpm: T = 20, as above
-    monkeypatch.setattr(UNet, "forward", lambda net, x, t: torch.ones_like(x))
-    monkeypatch.setattr(sde, "ode_sample", lambda score, process, x_T, *_: (0 * x_T + 0.5, 1))
-    use(sde, name, words="--predictor ode --out ode")
-    square = math.exp(-0.05 * 20 * 0.008 - 0.5 * 0.05**2 * 20 * 0.032)  # of x_0's factor
-    x = 0.5 if name == "sde" else (0.5 - (1 - square) ** 0.5) / square**0.5
-    pixels = np.unique(np.array(Image.open("ode/images/000000.png")))  # of sde.py: dequantised
-    assert pixels.tolist() == [int((x + 1) * 128) if name == "sde" else round((x + 1) * 127.5)]
-
-
-def test_classifiers_are_taken_completed_and_not_mixed_up(folder, monkeypatch):
-    photos, replace = "--dataset photos --image-size 8 --attention-resolutions --out", os.replace
+def test_classifiers_are_taken_completed_and_not_mixed_up(folder):
+    photos = "--dataset photos --image-size 8 --attention-resolutions --out"
     run(f"{photos} run", sde)
-    words = "--num-samples 2 --classifier-steps 5 --save-every 2 --out"
-    use(sde, "run", "class", f"{words} whole")
-    with monkeypatch.context() as patch:  # a process that dies when it saves for the second time
-        patch.setattr(os, "replace", Mock(side_effect=[None, KeyboardInterrupt], wraps=replace))
-        with pytest.raises(KeyboardInterrupt):
-            use(sde, "run", "class", f"{words} half")
-    replace("half/classifier.pt.part", "half/classifier.pt")  # the mock did not: of step 4
-    assert load_state("half/classifier.pt")["step"] == 4
-    before = contents("half")
-    use(sde, "run", "class", "--num-samples 2 --classifier half/classifier.pt --out rest")
+    for steps, words in ((3, "--out half"), (5, "--out whole"),
+                         (5, "--classifier half.pt --out rest"),
+                         (5, "--classifier whole/classifier.pt --out other")):
+        use(sde, "run", "class", f"--num-samples 2 --classifier-steps {steps} {words}")
+        half = load_state("half/classifier.pt")  # as if interrupted at step 3 of 5
+        torch.save(half | {"settings": half["settings"] | {"steps": 5}}, "half.pt")
     assert equal(weights_of("rest/classifier.pt"), weights_of("whole/classifier.pt"))
-    use(sde, "run", "class", "--num-samples 2 --classifier whole/classifier.pt --out other")
-    assert not Path("other/classifier.pt").exists() and before == contents("half")
+    assert not Path("other/classifier.pt").exists()
     assert pictures("whole") == pictures("rest") == pictures("other")
     run(f"--sde subvp {photos} subvp", sde)
+    save("photos/stray.png", 0)
+    task, other = (f"{out}/checkpoint.pt --task class" for out in ("run", "subvp"))
     for words, match in (
-        ("whole/classifier.pt --out x", "checkpoint of sde's classifier, not of sde"),
-        ("run/checkpoint.pt --task class --classifier run/checkpoint.pt --out y",
-         "checkpoint of sde, not of sde's classifier"),
-        ("subvp/checkpoint.pt --task class --classifier whole/classifier.pt --out z",
-         "trained with another sde"),
+        ("whole/classifier.pt", "checkpoint of sde's classifier, not of sde"),
+        (f"{task} --classifier run/checkpoint.pt", "checkpoint of sde, not of sde's classifier"),
+        (f"{other} --classifier whole/classifier.pt", "trained with another sde"),
+        (task, "photos: each image must be in the folder of its class"),
     ):
-        refused(match, f"--checkpoint {words}", sde)
+        refused(match, f"--checkpoint {words} --out x", sde, tiny=False)
 
 
 # ---- 4. The house --------------------------------------------------------------------------------
 
-PER_PAPER = {"METHOD", "FIXED", "READS", "SETTINGS", "PRESETS", "MNIST", "TASKS", "preset", "check", "loss",
-             "to_float", "to_uint8", "draw", "preview", "sample", "bpd", "interpolate",
-             "inpainting", "toy", "main", "bits_per_dim", "inpaint"}
-PLUMBING = {"seed_all", "parse_flags", "read_args", "setup", "load_folder", "load_images", "load_checkpoint",
-            "fit", "batches", "Record", "save_grid", "save_images", "do_tasks"}
+PER_PAPER = {
+    "METHOD", "FIXED", "READS", "SETTINGS", "PRESETS", "MNIST", "TASKS", "preset", "check",
+    "loss", "to_float", "to_uint8", "draw", "preview", "sample", "bpd", "interpolate",
+    "inpainting", "toy", "main", "bits_per_dim", "inpaint",
+}
+PLUMBING = {
+    "seed_all", "parse_flags", "read_args", "setup", "load_folder", "load_images",
+    "load_checkpoint", "fit", "batches", "Record", "save_grid", "save_images", "do_tasks",
+}
 BANNERS = ["# ---- The method -", "# ---- The run -", "# ---- Plumbing: "]
 
 
@@ -3121,7 +2836,8 @@ def test_plumbing_is_identical_and_complete():
 
 
 @pytest.mark.parametrize("name", [*SCRIPTS, "unet"])
-def test_imports_and_line_lengths(name):
+def test_imports_and_that_the_method_needs_torch_alone(name):
+    """Cut out, it runs under nothing but torch and the standard library."""
     text = (ROOT / f"{name}.py").read_text()
     assert max(map(len, text.splitlines())) <= 100
     modules = set()
@@ -3132,6 +2848,16 @@ def test_imports_and_line_lengths(name):
             modules.add(node.module.split(".")[0])
     allowed = {"torch", "torchvision", "numpy", "PIL"} | ({"unet"} if name != "unet" else set())
     assert modules - allowed <= sys.stdlib_module_names
+    method = parts(name)[1] if name in SCRIPTS else ""
+    known = {"math": math, "torch": torch, "F": F, "pairwise": pairwise}
+    exec(compile(method, f"{name}.py", "exec"), known)  # decorators run, too
+    nodes = list(ast.walk(ast.parse(method)))
+    local = {node.arg for node in nodes if isinstance(node, ast.arg)}
+    local |= {node.name for node in nodes if isinstance(node, ast.FunctionDef)}
+    names = [node for node in nodes if isinstance(node, ast.Name)]
+    local |= {node.id for node in names if isinstance(node.ctx, ast.Store)}
+    unknown = {node.id for node in names} - known.keys() - local - set(dir(builtins))
+    assert not unknown
 
 
 def numbers(text, kinds=("Eq", "Alg", "Fig", "Table", "Technique")):
@@ -3143,8 +2869,12 @@ def numbers(text, kinds=("Eq", "Alg", "Fig", "Table", "Technique")):
     return found
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_docstring_lists_the_equations_of_the_method(name):
+@pytest.mark.parametrize(("name", "papers"), [
+    ("ddpm", "DDPM"), ("ddim", "DDIM"), ("ncsn", "NCSN"), ("sde", "Score-SDE"),
+    ("sliced_sm", "SSM|NCSN"), ("d3pm", "D3PM|Multinomial"),
+])
+def test_every_equation_has_a_test_that_names_it(name, papers):
+    """The docstring lists those of the method, and for each of them a test names it."""
     docstring, method, _, _ = parts(name)
     listed = re.search(r"Implements.*?\.\n\n", docstring, re.S).group()
     if name != "ddpm":  # what it takes over from DDPM has DDPM's numbers
@@ -3154,32 +2884,10 @@ def test_docstring_lists_the_equations_of_the_method(name):
     before_the_method = (ROOT / f"{name}.py").read_text().split(BANNERS[0])[0]
     assert (before_the_method + before_the_first).count("\n") < 75
     assert 20 <= len(docstring.splitlines()) <= 30
-
-
-@pytest.mark.parametrize(("name", "papers"), [
-    ("ddpm", ["DDPM"]), ("ddim", ["DDIM"]), ("ncsn", ["NCSN"]), ("sde", ["Score-SDE"]),
-    ("sliced_sm", ["SSM", "NCSN"]), ("d3pm", ["D3PM", "Multinomial"]),
-])
-def test_every_equation_has_a_test_that_names_it(name, papers):
-    listed = re.search(r"Implements.*?\.\n\n", parts(name)[0], re.S).group()
     text = Path(__file__).read_text().split("# ---- 3.")[0]
-    cited = re.findall(rf"(?:{'|'.join(papers)}) ((?:Eq|Alg)\. \(?\d+\)?(?:,\s+\(?\d+\)?)*)", text)
+    cited = re.findall(rf"(?:{papers}) ((?:Eq|Alg)\. \(?\d+\)?(?:,\s+\(?\d+\)?)*)", text)
     missing = numbers(listed, ("Eq", "Alg")) - numbers("; ".join(cited))
     assert not missing
-
-
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_the_method_needs_torch_alone(name):
-    """Cut out, it runs under nothing but torch and the standard library."""
-    method, known = parts(name)[1], {"math": math, "torch": torch, "F": F, "pairwise": pairwise}
-    exec(compile(method, f"{name}.py", "exec"), known)  # decorators run, too
-    nodes = list(ast.walk(ast.parse(method)))
-    local = {node.arg for node in nodes if isinstance(node, ast.arg)}
-    local |= {node.name for node in nodes if isinstance(node, ast.FunctionDef)}
-    names = [node for node in nodes if isinstance(node, ast.Name)]
-    local |= {node.id for node in names if isinstance(node.ctx, ast.Store)}
-    unknown = {node.id for node in names} - known.keys() - local - set(dir(builtins))
-    assert not unknown
 
 
 def commands(text):
@@ -3223,13 +2931,6 @@ def test_readme_tells_the_truth_about_the_code():
     assert all((ROOT / picture).is_file() for picture in pictures)
 
 
-def test_ddim_trains_as_ddpm_does():
-    for dataset in ddpm.PRESETS:
-        theirs, ours = (vars(parse(module, "--dataset", dataset)) for module in (ddpm, ddim))
-        keys = theirs.keys() & ours.keys() - {"num_test", "clip", "variance", "out"}
-        assert {key: ours[key] for key in keys} == {key: theirs[key] for key in keys}
-
-
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_presets_have_flags_and_help_prints_them(name, capsys):
     module = SCRIPTS[name]
@@ -3239,9 +2940,59 @@ def test_presets_have_flags_and_help_prints_them(name, capsys):
         assert {key: getattr(args, key) for key in preset} == preset
         assert preset.keys() <= module.SETTINGS.keys() | {"preview"}
         assert args.flip == (dataset == "cifar10")
+        if name == "ddim":  # it trains as ddpm does
+            theirs, ours = vars(parse(ddpm, "--dataset", dataset)), vars(args)
+            keys = theirs.keys() & ours.keys() - {"num_test", "clip", "variance", "out"}
+            assert {key: ours[key] for key in keys} == {key: theirs[key] for key in keys}
+    for script, words, expected in (  # which depend on others
+        ("d3pm", "text8 --transition auto", {"transition": "absorbing", "hybrid": 0.01}),
+        ("d3pm", "text8 --method multinomial", {"transition": "uniform", "width": 512}),
+        ("sde", "cifar10 --sde ve --network auto", {"network": "ncsn++", "num_res_blocks": 4}),
+        ("sde", "cifar10 --deep", {"network": "ddpm++", "num_res_blocks": 8}),
+    ):
+        if script == name:
+            args = vars(parse(module, "--dataset", *words.split()))
+            assert expected == {key: args[key] for key in expected}
     with pytest.raises(SystemExit) as stop:
         module.main(["--help"])
     text = capsys.readouterr().out
     assert stop.value.code == 0
     for key in module.SETTINGS.keys() | {"out", "checkpoint", "resume", "task", "preview"}:
         assert f"--{key.replace('_', '-')}" in text
+
+
+def readme_block(part):
+    """The Python block of the README that contains this text."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    return next(block for block in blocks if part in block)
+
+
+@pytest.mark.parametrize(("size", "mult", "steps"), [((8, 4), "1, 2", 3), ((1, 2), "1", 400)])
+def test_the_loop_of_the_readme_trains_and_samples(size, mult, steps):
+    """As printed, but smaller; two Gaussian pixels get their mean."""
+    text, mean = readme_block("import Schedule, ddpm_loss"), torch.tensor([0.4, -0.3])
+    given = torch.rand(20, 1, *size) * 2 - 1
+    if size == (1, 2):
+        given = mean + 0.2 * torch.randn(5000, 1, *size)
+    for printed, smaller in (
+        ("torch.rand(512, 1, 16, 16) * 2 - 1", "given"), ("(1, 2, 4)", f"({mult},)"),
+        ("image_size=16", f"image_size={max(size)}"), ("range(1, 2001)", f"range(1, {steps + 1})"),
+        ("T=250, beta_1=0.008, beta_T=0.04", "T=25, beta_1=0.04, beta_T=0.4"),
+        ("torch.randn(16, 1, 16, 16)", f"torch.randn(200, 1, {size[0]}, {size[1]})"),
+    ):
+        assert text.count(printed) == 1, printed
+        text = text.replace(printed, smaller)
+    known = {"given": given}
+    exec(compile(text, "README.md", "exec"), known)
+    x = known["samples"]
+    assert x.shape == (200, 1, *size) and x.abs().max() <= 1
+    if size == (1, 2):
+        torch.testing.assert_close(x.mean((0, 1, 2)), mean, rtol=0, atol=0.06)
+
+
+def test_the_readme_draws_a_loss_curve(folder):
+    Path("runs/ddpm-digits").mkdir(parents=True)
+    lines = [json.dumps({"step": k, "loss": 1 / k}) for k in range(1, 9)]
+    Path("runs/ddpm-digits/log.jsonl").write_text("\n".join(lines))
+    exec(compile(readme_block("log.jsonl"), "README.md", "exec"), {})
+    assert (np.array(Image.open("loss.png")) < 255).any(0).mean() > 0.5
