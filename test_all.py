@@ -15,6 +15,7 @@ import json
 import math
 import os
 import re
+import resource
 import shlex
 import shutil
 import signal
@@ -532,6 +533,20 @@ def test_levels_and_techniques_give_the_published_numbers():
     assert ncsn.max_pairwise_distance(data) == pytest.approx(pairs.max().item(), rel=1e-5)
 
 
+@pytest.mark.parametrize("T", [1, 5, 50])
+def test_step_of_technique_4_keeps_the_variance_best(T):
+    """NCSNv2 Technique 4: noise of one level, after T steps at the next, has about its variance."""
+    sigmas = ncsn.geometric_sigmas(1.0, 0.1, 60)
+    sigma_1, sigma_2 = sigmas[:2].tolist()
+    best = 2 * ncsn.step_technique4(sigmas, T)
+
+    def miss(eps):  # data at 0: the perturbed data's variance is sigma^2
+        step = eps * sigma_2**2 / 0.1**2
+        return abs(gaussian_langevin(0.0, sigma_1**2, sigma_2**2, step, T)[1] / sigma_2**2 - 1)
+
+    assert miss(best) < 0.12 and all(miss(best) < miss(best * k) for k in (0.7, 0.97, 1.03, 1.4))
+
+
 def test_what_the_networks_of_both_papers_are_given_and_return():
     """2019: the level's index, and the score; 2020 (NCSNv2 Technique 3): 0, and sigma times it."""
     sigmas, index = ncsn.geometric_sigmas(1.0, 0.01, 3), torch.tensor([2, 0, 1])
@@ -741,7 +756,7 @@ def test_posterior_is_bayes_by_enumeration(transition, dtype):
 
 def exact_model(data, diffusion):
     """Logits of the exact model of this parameterisation for data (K,) or (K, K): p(x_0^i | the
-    other position of x_t), and at t = 1 p(x_0^i | x_1): FACTS 14."""
+    other position of x_t), and at t = 1 p(x_0^i | x_1)."""
 
     def model(x_t, t):
         here = diffusion.Q_bar(t[0].item()).T[x_t]  # q(x_t^i | x_0^i), (B, D, K)
@@ -775,6 +790,39 @@ def test_one_position_is_modelled_exactly(transition, T):
     within(bits.mean(), exact, bits.std() / math.sqrt(n) + 1e-9)
     x = d3pm.d3pm_sample(model, diffusion.prior_sample((n, 1)), diffusion)
     has_shares(x, DATA, math.sqrt(mismatch))
+
+
+def entropy(p):
+    return -torch.xlogy(p, p).sum().item() / math.log(2)
+
+
+@pytest.mark.parametrize("transition", TRANSITIONS)
+def test_the_bound_of_two_positions_stays_above_the_entropy(transition):  # D3PM Eq. (1)
+    n, gaps, pairs = 10_000, [], draw(PAIRS, 10_000)
+    for T in (2, 5, 20):
+        diffusion = categorical_diffusion(transition, 3, T)
+        model = exact_model(PAIRS, diffusion)
+        x_0 = torch.stack([pairs // 3, pairs % 3], dim=1)
+        total = 2 * d3pm.bits_per_dim(model, x_0, diffusion)["total"]
+        gaps.append((total.mean() - entropy(PAIRS)).item())
+        assert gaps[-1] > -3 * total.std() / math.sqrt(n)
+    assert gaps[0] > gaps[1] > gaps[2] - 0.01 and gaps[2] < 0.5 * gaps[0]
+    x = d3pm.d3pm_sample(model, diffusion.prior_sample((n, 2)), diffusion)
+    share = (3 * x[:, 0] + x[:, 1]).bincount(minlength=9) / n
+    assert (share - PAIRS.flatten()).abs().sum() < 0.1 + 0.02
+
+
+@pytest.mark.parametrize(("K", "published"), [(27, 9.509342), (256, 15.999486)])
+def test_bound_of_the_uniform_prediction(K, published):
+    """D3PM Eq. (1): by symmetry x_t is x_0, or any other state with the weight of all of them."""
+    diffusion, t = d3pm.CategoricalDiffusion(K, 1000), torch.arange(1, 1001)
+    log_p_0, x_0 = torch.full((1000, 1, K), 1 / K).double().log(), torch.zeros(1000, 1).long()
+    bound = 0.0
+    for state, states in ((0, 1), (1, K - 1)):
+        chance = diffusion.q_probs(x_0, t)[:, 0, state] * states
+        terms, _ = d3pm.bound_terms(log_p_0, x_0, torch.full_like(x_0, state), t, diffusion)
+        bound += (chance * terms[:, 0]).sum().item() / math.log(2)
+    assert bound == pytest.approx(published, abs=2e-5)
 
 
 def test_infilling_gives_the_conditional():  # D3PM Eq. (4)
@@ -2402,6 +2450,19 @@ def test_ema_learning_rate_and_clipping(folder):
     sizes = iter([100.0, 1.0])  # clipped, Adam sees 1 and 1: both steps are equally long
     _, path = fit_toy("--steps 2", lambda w, rows: next(sizes) * w.sum() / math.sqrt(2))
     torch.testing.assert_close(path[1] - path[2], torch.full((2,), 0.1))
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(folder):
+    run("--out run --steps 2")
+    good = Path("run/checkpoint.pt").read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(good) // 2, limits[1]))
+    try:
+        with pytest.raises((OSError, RuntimeError)):
+            run("--out run --resume --steps 4")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert Path("run/checkpoint.pt").read_bytes() == good
 
 
 @pytest.mark.parametrize("loss", [lambda w: w.sum() * math.nan, lambda w: (w - w).sqrt().sum()])
