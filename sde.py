@@ -513,7 +513,7 @@ PRESETS = {  # changes to SETTINGS
         image_size=[16, 16], channels=16, channel_mult=[1, 2, 4], num_res_blocks=1,
         attention_resolutions=[8], dropout=0.0, dequantize=True, lr=8e-3, batch_size=64,
         steps=3200, warmup=500, lr_decay=1.2, flip=False, classifier_steps=2000, guidance=3.0,
-        num_samples=60, num_test=16, save_every=500, preview=4,
+        num_samples=60, num_test=16, save_every=1000, preview=4,
     ),
 }
 NETWORKS = {"unet": UNet, "ddpm++": ddpm_plus_plus, "ncsn++": ncsn_plus_plus}
