@@ -721,7 +721,7 @@ def train_classifier(args, device, process):
     job = argparse.Namespace(**vars(args) | {"steps": args.classifier_steps})
     if loaded:
         job.steps = loaded["settings"]["steps"]
-        for key in (*FIXED[:5], "image_channels", "image_size", *UNET):
+        for key in ("image_channels", "image_size", *UNET, *FIXED[:5]):  # 5 of them: the process
             if loaded["settings"][key] != getattr(args, key):
                 raise ValueError(f"{args.classifier} was trained with another {key}")
     trains = not loaded or loaded["step"] < job.steps
@@ -732,8 +732,8 @@ def train_classifier(args, device, process):
     K = len(loaded["ema"]["conv_out.bias"]) if loaded else int(labels.max()) + 1
     net = Classifier(args.image_channels, K, **unet_options(args)).to(device)
     if trains:
-        fit(net, lambda net, images, labels: classifier_loss(
-            classifier_model(net, process), training_images(args, process, images), labels,
+        fit(net, lambda model, images, labels: classifier_loss(
+            classifier_model(model, process), training_images(args, process, images), labels,
             process), [images, labels], job, device, loaded, method=method, file=file)
     else:
         net.load_state_dict(loaded["ema"])
