@@ -42,6 +42,7 @@ import unicodedata
 import urllib.request
 import zipfile
 import zlib
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -368,7 +369,7 @@ READS = {}  # other methods' checkpoints, and the settings to take for them
 SETTINGS = dict(  # D3PM's best CIFAR-10 run, with sources; every key is a flag
     lr=2e-4, batch_size=128, ema_decay=0.9999, steps=1_500_000, flip=True, dropout=0.1,  # App. B.2
     image_size=[32, 32], channels=128, channel_mult=[1, 2, 2, 2], num_res_blocks=2,  # DDPM's
-    attention_resolutions=[16], warmup=0, lr_decay=0.0, grad_clip=1.0,  # released code
+    attention_resolutions=[16], warmup=0, grad_clip=1.0,  # released code
     num_samples=100, sample_batch_size=64, log_every=100, save_every=5000,  # ours
     method=(("d3pm", "multinomial"), "which paper's settings"),
     transition=(("auto", "gaussian", "absorbing", "uniform"), "App. A.2; auto: the data set's"),
@@ -561,18 +562,18 @@ def save_texts(args, texts, states):
 
 
 def sample(args, device, net, process):
-    model, process, tau = in_fewer_steps(args, fast(net, args), process)
-    record, texts = Record(), []
+    model, process, tau = in_fewer_steps(args, fast(net, args, device), process)
+    states, texts = {}, []
     for first, n in batches(args):
-        x_0 = draw(args, model, process, n, record if first == 0 else None)
+        x_0 = draw(args, model, process, n, partial(keep, states) if first == 0 else None)
         if of_text(args):
             texts += [(i, to_text(x)) for i, x in enumerate(x_0, first)]
         else:
             save_images(to_uint8(args, x_0), first, args)
     if of_text(args):
-        save_texts(args, texts, [(tau[t], to_text(x[0])) for t, x in record.states.items()])
+        save_texts(args, texts, [(tau[t], to_text(x[0])) for t, x in states.items()])
     else:
-        save_pictures(args, record, lambda x: to_uint8(args, x))
+        save_pictures(args, states, lambda x: to_uint8(args, x))
     return {"n": args.num_samples, "evaluations": process.T}
 
 
@@ -583,7 +584,7 @@ def bpd(args, device, net, process):
     bits = {key: torch.cat([part[key] for part in parts]).cpu() for key in parts[0]}
     bits["L_t"], n = bits["L_t"].sum(1), len(x_0)
     mean = {key: value.mean().item() for key, value in bits.items()}
-    mean["standard_error"] = standard_error(bits["total"])
+    mean["standard_error"] = round(bits["total"].std().item() / n**0.5, 4) if n > 1 else None
     unit = "bits/char" if of_text(args) else "bits/dim"
     print(f"test {unit} <= " + "{total:.4f} +- {standard_error}, of which L_T {L_T:.6f}, L_1 to "
           "L_T-1 {L_t:.4f}, L_0 {L_0:.4f}; n = ".format(**mean) + str(n))
@@ -592,7 +593,7 @@ def bpd(args, device, net, process):
 
 def filling(args, device, net, process):
     """Test examples of which the first half is known, then a random half."""
-    model = model_of(args, fast(net, args), process.K)
+    model = model_of(args, fast(net, args, device), process.K)
     x, completions, rows = test_states(args, device), 3, []
     places = x.shape[1:] if of_text(args) else x.shape[2:]
     first = torch.arange(math.prod(places), device=device) < math.prod(places) // 2
@@ -672,12 +673,12 @@ WORLD = int(os.environ.get("WORLD_SIZE", 1))  # processes of torchrun, 1 without
 RANK, LOCAL_RANK = (int(os.environ.get(key, 0)) * (WORLD > 1) for key in ("RANK", "LOCAL_RANK"))
 TORCHVISION = dict(digits="MNIST", mnist="MNIST", fashion_mnist="FashionMNIST", cifar10="CIFAR10")
 UNET = ("channels", "channel_mult", "num_res_blocks", "attention_resolutions", "dropout")
-COMMON = dict(  # flags of every script beside its settings
+THIS_RUN = {"task", "out", "checkpoint", "resume", "device", "preview", "compile", "bf16"}
+COMMON = dict(  # flags of every script; a checkpoint does not set those of THIS_RUN
     dataset=("digits", "digits, mnist, fashion_mnist, cifar10 or a folder of images"),
     data_dir=("data", "where torchvision downloads to"), seed=(0, "of all random numbers"),
     image_channels=(0, "1: grey, 3: colour, 0: like the training images"),
-)
-MACHINE = dict(  # flags that a checkpoint does not set
+    lr_decay=(0.0, "p: after --warmup the learning rate falls as step^-p"),
     task=(tuple(TASKS), "what to do with the trained network"),
     out=("", "run folder, by default runs/METHOD-DATASET, or TASK beside the checkpoint"),
     checkpoint=("", "do not train, take the EMA weights and the settings of this file"),
@@ -686,38 +687,25 @@ MACHINE = dict(  # flags that a checkpoint does not set
     compile=(False, "torch.compile the network, except where something is measured"),
     bf16=(False, "run the network in bfloat16, except where something is measured"),
 )
-HELP = dict(  # of settings that the scripts share
-    warmup="steps until the learning rate is --lr", lr_decay="p: then it falls as step^-p",
-    image_size="pixels, N or H W: other images are resized", flip="mirror images at random",
-    channel_mult="channels of each level / --channels", attention_resolutions="none, or sizes",
-    grad_clip="largest norm, 0: no limit", ema_decay="of the averaged weights, 0: no average",
-)
-POSITIVE = {"batch_size", "sample_batch_size", "num_samples", "num_test", "image_size", "channels"}
 
 
 def parse_flags(argv):
     """The table's values, and those of the flags that are given: {name: value} each."""
     parser, defaults = argparse.ArgumentParser(description=__doc__.split("\n\n")[0]), {}
     sources = parser.add_mutually_exclusive_group()
-    for key, value in (COMMON | MACHINE | SETTINGS).items():
-        value, text = value if isinstance(value, tuple) else (value, HELP.get(key, ""))
-        options = {"type": type(value)}
-        if isinstance(value, tuple):  # choices, the default first
-            value, options = value[0], {"choices": value}
-        elif isinstance(value, list):
-            options = {"type": int, "nargs": "*" if key == "attention_resolutions" else "+"}
-        elif isinstance(value, bool):
-            options = {"action": argparse.BooleanOptionalAction}
+    for key, entry in (COMMON | SETTINGS).items():
+        value, text = entry if isinstance(entry, tuple) else (entry, "")
+        kinds = {tuple: {"choices": value}, list: {"type": int, "nargs": "*"},
+                 bool: {"action": argparse.BooleanOptionalAction}}
+        defaults[key] = value[0] if isinstance(value, tuple) else value  # the first choice
         group = sources if key in ("checkpoint", "weights", "resume") else parser
-        group.add_argument(f"--{key.replace('_', '-')}", default=argparse.SUPPRESS,
-                           help=f"{text} [{value}]", **options)
-        defaults[key] = value
+        group.add_argument(f"--{key.replace('_', '-')}", help=f"{text} [{defaults[key]}]",
+                           default=argparse.SUPPRESS,
+                           **kinds.get(type(value), {"type": type(value)}))
     flags = vars(parser.parse_args(argv))
     for key, value in flags.items():
-        least = 1 if key in POSITIVE else 0
-        for x in value if isinstance(value, list) else [value]:
-            if isinstance(x, (int, float)) and not least <= x < math.inf:
-                parser.error(f"--{key.replace('_', '-')}: {x} is not a finite number >= {least}")
+        if isinstance(value, (int, float)) and not 0 <= value < math.inf:
+            parser.error(f"--{key.replace('_', '-')}: {value} is not a finite number >= 0")
     if "image_size" in flags:
         flags["image_size"] = (2 * flags["image_size"])[:2]  # one number: both
     return defaults, {key: x for key, x in flags.items() if x != "auto" or key not in SETTINGS}
@@ -741,21 +729,19 @@ def read_args(argv):
     flags["out"] = args.out or str(out)
     fixed = {"image_channels", "image_size", *UNET, *FIXED}
     if loaded:
-        read = defaults.keys() - MACHINE.keys()
-        if loaded["method"] != METHOD:  # take what the network is, not how it samples
-            read = fixed | {"dataset", "data_dir"}
-        saved = {key: list(x) if isinstance(x, tuple) else x  # older checkpoints have tuples
-                 for key, x in loaded["settings"].items() if key in read}
+        own = loaded["method"] == METHOD  # else take what the network is, not how it samples
+        read = defaults.keys() - THIS_RUN if own else fixed | {"dataset", "data_dir"}
+        saved = {key: x for key, x in loaded["settings"].items() if key in read}
         saved = READS.get(loaded["method"], {}) | saved
     for key in fixed & saved.keys() & flags.keys():
         if flags[key] != saved[key]:
             raise ValueError(f"--{key.replace('_', '-')}: the checkpoint has {saved[key]}")
     changes = preset(argparse.Namespace(**defaults | saved | flags))
     args = argparse.Namespace(**defaults | changes | saved | flags)
-    sizes = [max(args.image_size) / 2**i for i in range(len(args.channel_mult))]
+    sizes = [max(args.image_size) // 2**i for i in range(len(args.channel_mult))]
     if not {*args.attention_resolutions} <= {*sizes}:
-        raise ValueError(f"--attention-resolutions: {args.attention_resolutions} are not all sizes "
-                         f"of the network's levels, {', '.join(f'{x:g}' for x in sizes)}")
+        raise ValueError(f"--attention-resolutions: the levels of the network have sizes {sizes}, "
+                         f"not {args.attention_resolutions}")
     return args, loaded, args.resume or not loaded
 
 
@@ -763,43 +749,36 @@ def load_checkpoint(path, methods):
     """The checkpoint, on the CPU. weights_only keeps a hostile file from running code; torch.load
     accepts a flipped byte, the archive's checksums do not."""
     try:
-        with zipfile.ZipFile(path) as archive:
-            headers = [(r.file_size - r.compress_size, r.external_attr) for r in archive.infolist()]
-            if archive.testzip() or any(map(any, headers)):
-                raise ValueError("a checksum, a size or a flag is wrong")
+        if zipfile.ZipFile(path).testzip():
+            raise ValueError("a checksum is wrong")
         state = torch.load(path, map_location="cpu", weights_only=True)
-        method, _, _ = state["method"], state["step"], state["settings"]["dataset"]
+        if state["method"] not in methods:
+            raise ValueError(f"it is one of {state['method']}")
         if not all(x.isfinite().all() for x in state["ema"].values()):
             raise ValueError("its weights are not finite")
     except Exception as error:  # whatever a damaged file makes zipfile and the unpickler raise
-        raise ValueError(f"{path} is missing, damaged or not a checkpoint: {error}") from error
-    if method not in methods:
-        raise ValueError(f"{path} is a checkpoint of {method}, not of {' or '.join(methods)}")
+        raise ValueError(f"{path} is missing, damaged or not a checkpoint of "
+                         f"{' or '.join(methods)}: {error}") from error
     return state
 
 
 def setup(args):
     """Make the run folder, join the processes of torchrun, seed the weights. Returns the device."""
-    out, name = Path(args.out), args.device
-    if name == "auto":
-        mps = "mps" if torch.backends.mps.is_available() else "cpu"
-        name = "cuda" if torch.cuda.is_available() else mps
-    device = torch.device(name)
+    best = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+    out, device = Path(args.out), torch.device(best if args.device == "auto" else args.device)
     if RANK > 0:
         sys.stdout = open(os.devnull, "w")  # the first process prints for all
     out.mkdir(parents=True, exist_ok=True)
     if RANK == 0 and not args.resume and any(out.iterdir()):
-        again = " (--resume continues its training)" if (out / "checkpoint.pt").exists() else ""
-        raise ValueError(f"{out} is not empty: name another folder with --out{again}")
-    backend = {"backend": "gloo", "timeout": datetime.timedelta(hours=2)}  # for a download
+        raise ValueError(f"{out} is not empty: --out OTHER, or --resume to continue a training")
     if device.type == "cuda":
         device = torch.device("cuda", LOCAL_RANK if device.index is None else device.index)
-        backend |= {"backend": "nccl", "device_id": device}
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32
         torch.backends.cudnn.benchmark = True
     if WORLD > 1:
-        dist.init_process_group(**backend)
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=datetime.timedelta(hours=2))  # for a download
     torch.manual_seed(args.seed % 2**63)  # the same initial weights in every process
     return device
 
@@ -836,10 +815,8 @@ def load_folder(args, num_test):
             if image.mode[0] in "IF" or ";16" in str(image.tile):
                 raise ValueError("more than 8 bits per channel")
             image.draft(None, (4 * max(H, W), 4 * max(H, W)))  # faster: JPEG's own coarser sizes
-            image = ImageOps.exif_transpose(image)
-            if image.has_transparency_data:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            image = ImageOps.exif_transpose(image).convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             images[i] = pil_to_tensor(ImageOps.fit(image.convert(mode), (W, H)))
         except Exception as error:  # whatever a broken file makes a decoder raise
             raise ValueError(f"cannot read {root / path}: {error}") from error
@@ -852,28 +829,22 @@ def load_images(args, device, num_test=None):
     """Images (N, C, H, W) uint8 and labels (N,) int64, -1 for none: for training, or the first
     num_test ones for testing. On the device, unless the training images are large."""
     if args.dataset in TORCHVISION:
-        own = args.dataset == "digits"  # they are in assets, as files of MNIST's format
-        root = Path(__file__).parent / "assets" if own else args.data_dir
-        if own and not root.is_dir():
-            raise ValueError(f"the digits are not in {root}: take --dataset FOLDER")
-        if LOCAL_RANK > 0:
-            dist.barrier()  # the first process of each machine downloads
         kind = getattr(torchvision.datasets, TORCHVISION[args.dataset])
-        data = kind(root, train=num_test is None, download=not own)
-        if LOCAL_RANK == 0 and WORLD > 1:
+        root = Path(__file__).parent / "assets" if args.dataset == "digits" else args.data_dir
+        if LOCAL_RANK == 0:
+            kind(root, download=True)  # the first process of each machine
+        if WORLD > 1:
             dist.barrier()
+        data = kind(root, train=num_test is None)
         images, labels = (torch.as_tensor(x)[:num_test] for x in (data.data, data.targets))
         images = images[:, None] if images.dim() == 3 else images.permute(0, 3, 1, 2)
         images = resize(images, args.image_size, antialias=True).contiguous()
-    elif Path(args.dataset).is_dir():
-        images, labels = load_folder(args, num_test)
+        images = images.expand(-1, args.image_channels or -1, -1, -1)
     else:
-        raise ValueError(f"no data set {args.dataset}: take {', '.join(TORCHVISION)} or a folder")
+        images, labels = load_folder(args, num_test)
     if len(images) == 0:
-        split = "training" if num_test is None else "test"
-        raise ValueError(f"no {split} images in {args.dataset}")
-    if args.image_channels not in (0, images.shape[1]):
-        raise ValueError(f"{args.dataset}: the network takes {args.image_channels} channels")
+        raise ValueError(f"no {'training' if num_test is None else 'test'} images in "
+                         f"{args.dataset}: take {', '.join(TORCHVISION)} or a folder of images")
     device = device if num_test or images.nbytes < 2**32 else "cpu"  # 4 GB
     return images.to(device), labels.to(device)
 
@@ -883,15 +854,11 @@ def unet_options(args):
     return {key: getattr(args, key) for key in UNET} | {"image_size": max(args.image_size)}
 
 
-def fast(net, args):
+def fast(net, args, device):
     """net with --compile and --bf16 applied; its outputs are float32."""
     net = torch.compile(net) if args.compile else net
-
-    def call(x, *t):
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=args.bf16):
-            return net(x, *t).float()
-
-    return call
+    net = torch.autocast(device.type, torch.bfloat16, enabled=args.bf16)(net)
+    return lambda x, *t: net(x, *t).float()
 
 
 def fit(net, loss_fn, data, args, device, loaded=None, preview=None, method=METHOD,
@@ -900,22 +867,22 @@ def fit(net, loss_fn, data, args, device, loaded=None, preview=None, method=METH
     data: tensors of one length: each step draws a batch of their rows for loss_fn(model, *batch), a
     scalar. loaded: a checkpoint to continue; preview(net): uint8 images to look at. A step depends
     on the weights and (seed, step, process) alone: a resumed run equals an uninterrupted one."""
-    weights, out, first, signals = list(net.parameters()), Path(args.out), 0, []
+    weights, out, signals = list(net.parameters()), Path(args.out), []
+    first = loaded["step"] if loaded else 0
+    if first > args.steps:
+        raise ValueError(f"--steps {args.steps}: the checkpoint has done {first} already")
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     optimizer = torch.optim.Adam(weights, args.lr, fused=True)
     parts = {"model": net, "ema": ema, "optimizer": optimizer}
     if loaded:
-        first = loaded["step"]
         for key, part in parts.items():
             part.load_state_dict(loaded[key])
-    if first > args.steps:
-        raise ValueError(f"--steps {args.steps}: the checkpoint has done {first} already")
+        shutil.rmtree(out / "images", ignore_errors=True)  # drawn by earlier weights
     print(f"{[*data[0].shape]} data, {sum(p.numel() for p in weights):,} parameters, to {out}")
     handlers = {number: signal.signal(number, lambda n, _: signals.append(n))
                 for number in (signal.SIGINT, signal.SIGTERM)}
-    model = fast(nn.parallel.DistributedDataParallel(net) if WORLD > 1 else net, args)
+    model = fast(nn.parallel.DistributedDataParallel(net) if WORLD > 1 else net, args, device)
     ema_weights, new_weights = list(ema.parameters()), [p.detach() for p in weights]
-    save_every, log_every = args.save_every or args.steps, args.log_every or args.steps
     total, count, start = 0.0, 0, time.perf_counter()
     net.train()
     for step in range(first + 1, args.steps + 1):
@@ -938,22 +905,20 @@ def fit(net, loss_fn, data, args, device, loaded=None, preview=None, method=METH
         torch._foreach_lerp_(ema_weights, new_weights, 1 - decay)
         total, count = total + loss.detach(), count + 1
 
+        number, rest = divmod(step, args.save_every)  # rest 0: checkpoint number
         stop = RANK == 0 and bool(signals)  # the other processes ignore signals
-        due = step % save_every == 0
-        save = stop or due or step == args.steps
-        if save or step == 1 or step % log_every == 0:
+        save = stop or rest == 0 or step == args.steps
+        if RANK == 0 and (save or step == 1 or step % args.log_every == 0):
             line = {"step": step, "loss": float(total / count), "grad_norm": norm.item(), "lr": lr}
             if not math.isfinite(line["loss"] + line["grad_norm"]):
                 raise ValueError(f"loss or gradient is not finite, try a lower --lr: {line}")
             total, count = 0.0, 0
             pace = (time.perf_counter() - start) / (step - first)  # seconds per step
-            left = datetime.timedelta(seconds=round(pace * (args.steps - step)))
-            print(f"step {step} of {args.steps}: loss {line['loss']:.4f}, "
-                  f"{args.batch_size / pace:.0f} examples/s, {left} left", flush=True)
-            if RANK == 0:
-                with open(out / "log.jsonl", "a") as log:
-                    print(json.dumps(line), file=log)
-        if save and RANK == 0:
+            print(f"step {step} of {args.steps}: loss {line['loss']:.4f}, {1 / pace:.3g} steps/s, "
+                  f"{pace * (args.steps - step) / 60:.0f} minutes left", flush=True)
+            with open(out / "log.jsonl", "a") as log:
+                print(json.dumps(line), file=log)
+        if RANK == 0 and save:
             state = {key: part.state_dict() for key, part in parts.items()}
             state |= {"method": method, "step": step, "settings": vars(args)}
             torch.save(state, out / f"{file}.part")
@@ -962,8 +927,7 @@ def fit(net, loss_fn, data, args, device, loaded=None, preview=None, method=METH
             how = ": continue with --resume" if method == METHOD else ""
             print(f"stopped after step {step}, saved as {out / file}{how}")
             sys.exit(128 + signals[0])
-        second_power = (step // save_every).bit_count() == 1  # of checkpoints 1, 2, 4, 8, ...
-        if preview and args.preview and due and second_power and step < args.steps:
+        if preview and args.preview and rest == 0 and number.bit_count() == 1 and step < args.steps:
             seed_all(args.seed, "preview")
             save_grid(preview(ema), out / f"samples-{step}.png")
     for number, handler in handlers.items():
@@ -983,17 +947,11 @@ def batches(args):
         dist.barrier()
 
 
-class Record:
-    """A sampler's callback that keeps eight samples' states, at 16 evenly spaced n at most."""
-
-    def __init__(self):
-        self.states = {}
-
-    def __call__(self, n, x):
-        if not self.states:  # n is the number of all steps
-            self.kept = {math.ceil(n * k / 15) for k in range(16)}
-        if n in self.kept:
-            self.states[n] = x[:8].clone()
+def keep(states, n, x):
+    """Add {n: eight samples} to states at 16 evenly spaced n, called by way of a sampler's callback
+    partial(keep, states). The first n is the number of all steps."""
+    if n in {math.ceil(max(states, default=n) * k / 15) for k in range(16)}:
+        states[n] = x[:8].clone()
 
 
 def save_images(images, first, args):
@@ -1004,18 +962,15 @@ def save_images(images, first, args):
         to_pil_image(image).save(folder / f"{i:06d}.png")
 
 
-def first_images(args):
-    """The first samples, at most 100, uint8 (n, C, H, W), whichever process drew them."""
-    files = [Path(args.out, "images", f"{i:06d}.png") for i in range(min(100, args.num_samples))]
-    return torch.stack([pil_to_tensor(Image.open(file)) for file in files])
-
-
-def save_pictures(args, record, to_uint8):
-    """samples.png: the first images; process.png: recorded samples from noise to image."""
-    save_grid(first_images(args), Path(args.out, "samples.png"))
-    if record.states:
-        rows = torch.stack([*record.states.values()], dim=1)  # (8, 16, C, H, W)
-        save_grid(to_uint8(rows.flatten(0, 1)), Path(args.out, "process.png"), rows.shape[1])
+def save_pictures(args, states, to_uint8, columns=0):
+    """samples.png: the first 100 images, whichever process drew them; process.png: the states of
+    some samples from noise to image."""
+    files = sorted(Path(args.out, "images").iterdir())[:100]
+    images = torch.stack([pil_to_tensor(Image.open(file)) for file in files])
+    save_grid(images, Path(args.out, "samples.png"), columns)
+    if states:
+        rows = torch.stack([*states.values()], dim=1)  # (8, 16, C, H, W)
+        save_grid(to_uint8(rows.flatten(0, 1)), Path(args.out, "process.png"), len(states))
 
 
 def save_grid(images, path, columns=0, labels=()):
@@ -1030,19 +985,10 @@ def save_grid(images, path, columns=0, labels=()):
         grid.save(path)
 
 
-def standard_error(x):
-    """The standard error of the mean of x (n,), to three digits; None if n = 1."""
-    return float(f"{x.std().item() / math.sqrt(len(x)):.3g}") if len(x) > 1 else None
-
-
 def do_tasks(args, loaded, trains, tasks, also, *objects):
     """Do args.task and, after training for samples, the tasks `also`; write results.json."""
     results = {"arguments": vars(args), "step": args.steps if trains else loaded["step"],
                "torch": torch.__version__, "date": time.strftime("%Y-%m-%d")}
-    if RANK == 0:
-        shutil.rmtree(Path(args.out, "images"), ignore_errors=True)  # drawn by earlier weights
-    if WORLD > 1:
-        dist.barrier()
     for name in [args.task, *also] if trains and args.task == "sample" else [args.task]:
         seed_all(args.seed, name)
         results[name] = tasks[name](args, *objects)
