@@ -256,7 +256,7 @@ def analytic_sigmas(tau, gamma, schedule, eta=0.0, clip=True):
 
 METHOD = "ddim"  # in checkpoints
 FIXED = ("T", "beta_1", "beta_T")  # a checkpoint decides these
-READS = {"ddpm": {}}  # other methods' checkpoints, and the settings to take for them
+READS = {"ddpm": {}}  # other methods' checkpoints, and settings that these lack
 SETTINGS = dict(  # CIFAR-10, with sources; every key is a flag
     lr=2e-4, batch_size=128, ema_decay=0.9999, steps=800_000, flip=True,  # DDPM, App. B
     num_res_blocks=2, attention_resolutions=[16], dropout=0.1, image_size=[32, 32],  # App. B
@@ -410,7 +410,8 @@ def main(argv=None):
     if trains:
         images, _ = load_images(args, device)
         args.image_channels = images.shape[1]
-    net = UNet(args.image_channels, args.image_channels, **unet_options(args)).to(device)
+    C = args.image_channels
+    net = UNet(C, C, **{key: getattr(args, key) for key in UNET}).to(device)
     if trains:
         fit(net, lambda model, x: ddim_loss(eps_model(model), to_float(x), schedule), [images],
             args, device, loaded, lambda ema: to_uint8(draw(
@@ -424,15 +425,17 @@ def main(argv=None):
 # ---- Plumbing: the same text in all six scripts --------------------------------------------------
 
 WORLD = int(os.environ.get("WORLD_SIZE", 1))  # processes of torchrun, 1 without it
-RANK, LOCAL_RANK = (int(os.environ.get(key, 0)) * (WORLD > 1) for key in ("RANK", "LOCAL_RANK"))
+RANK, LOCAL_RANK = (int(os.environ.get(key, 0)) % WORLD for key in ("RANK", "LOCAL_RANK"))
 TORCHVISION = dict(digits="MNIST", mnist="MNIST", fashion_mnist="FashionMNIST", cifar10="CIFAR10")
-UNET = ("channels", "channel_mult", "num_res_blocks", "attention_resolutions", "dropout")
-THIS_RUN = {"task", "out", "checkpoint", "resume", "device", "preview", "compile", "bf16"}
-COMMON = dict(  # flags of every script; a checkpoint does not set those of THIS_RUN
+UNET = ("image_size", "channels", "channel_mult", "num_res_blocks", "attention_resolutions",
+        "dropout")
+COMMON = dict(  # flags of every script, beside its SETTINGS
     dataset=("digits", "digits, mnist, fashion_mnist, cifar10 or a folder of images"),
     data_dir=("data", "where torchvision downloads to"), seed=(0, "of all random numbers"),
-    image_channels=(0, "1: grey, 3: colour, 0: like the training images"),
+    image_channels=((0, 1, 3), "1: grey, 3: colour, 0: like the training images"),
     lr_decay=(0.0, "p: after --warmup the learning rate falls as step^-p"),
+)
+THIS_RUN = dict(  # flags of every script that a checkpoint does not set
     task=(tuple(TASKS), "what to do with the trained network"),
     out=("", "run folder, by default runs/METHOD-DATASET, or TASK beside the checkpoint"),
     checkpoint=("", "do not train, take the EMA weights and the settings of this file"),
@@ -445,24 +448,25 @@ COMMON = dict(  # flags of every script; a checkpoint does not set those of THIS
 
 def parse_flags(argv):
     """The table's values, and those of the flags that are given: {name: value} each."""
-    parser, defaults = argparse.ArgumentParser(description=__doc__.split("\n\n")[0]), {}
-    sources = parser.add_mutually_exclusive_group()
-    for key, entry in (COMMON | SETTINGS).items():
+    about = __doc__.split("\n\n")[0] + " In brackets: the values for cifar10."
+    parser = argparse.ArgumentParser(description=about, argument_default=argparse.SUPPRESS)
+    sources, defaults = parser.add_mutually_exclusive_group(), {}
+    for key, entry in (COMMON | THIS_RUN | SETTINGS).items():
         value, text = entry if isinstance(entry, tuple) else (entry, "")
-        kinds = {tuple: {"choices": value}, list: {"type": int, "nargs": "*"},
-                 bool: {"action": argparse.BooleanOptionalAction}}
-        defaults[key] = value[0] if isinstance(value, tuple) else value  # the first choice
+        default = defaults[key] = value[0] if isinstance(value, tuple) else value
+        kind = {tuple: {"choices": value, "type": type(default)}, list: {"type": int, "nargs": "*"},
+                bool: {"action": argparse.BooleanOptionalAction}}
         group = sources if key in ("checkpoint", "weights", "resume") else parser
-        group.add_argument(f"--{key.replace('_', '-')}", help=f"{text} [{defaults[key]}]",
-                           default=argparse.SUPPRESS,
-                           **kinds.get(type(value), {"type": type(value)}))
+        group.add_argument(f"--{key.replace('_', '-')}", help=f"{text} [{default}]",
+                           **kind.get(type(value), {"type": type(value)}))
     flags = vars(parser.parse_args(argv))
     for key, value in flags.items():
         if isinstance(value, (int, float)) and not 0 <= value < math.inf:
             parser.error(f"--{key.replace('_', '-')}: {value} is not a finite number >= 0")
     if "image_size" in flags:
         flags["image_size"] = (2 * flags["image_size"])[:2]  # one number: both
-    return defaults, {key: x for key, x in flags.items() if x != "auto" or key not in SETTINGS}
+    given = {key: x for key, x in flags.items() if x != "auto" or key not in SETTINGS}
+    return defaults, given  # "auto" leaves the choice to preset
 
 
 def read_args(argv):
@@ -470,7 +474,8 @@ def read_args(argv):
     whether this run trains. A flag beats the checkpoint's setting, which beats preset(args), which
     beats SETTINGS; but on what defines the network and the process, flag and checkpoint agree."""
     defaults, flags = parse_flags(argv)
-    args, loaded, saved = argparse.Namespace(**defaults | flags), None, {}
+    args = argparse.Namespace(**defaults | flags)
+    loaded, saved = None, {}
     weights = vars(args).get("weights")
     out = Path("runs", f"{METHOD}-{Path(weights or args.dataset).resolve().name}")
     if weights:
@@ -481,10 +486,10 @@ def read_args(argv):
     elif args.resume:
         loaded = load_checkpoint(Path(args.out or out, "checkpoint.pt"), [METHOD])
     flags["out"] = args.out or str(out)
-    fixed = {"image_channels", "image_size", *UNET, *FIXED}
+    fixed = {"image_channels", *UNET, *FIXED}
     if loaded:
         own = loaded["method"] == METHOD  # else take what the network is, not how it samples
-        read = defaults.keys() - THIS_RUN if own else fixed | {"dataset", "data_dir"}
+        read = defaults.keys() - THIS_RUN.keys() if own else fixed | {"dataset", "data_dir"}
         saved = {key: x for key, x in loaded["settings"].items() if key in read}
         saved = READS.get(loaded["method"], {}) | saved
     for key in fixed & saved.keys() & flags.keys():
@@ -507,19 +512,20 @@ def load_checkpoint(path, methods):
             raise ValueError("a checksum is wrong")
         state = torch.load(path, map_location="cpu", weights_only=True)
         if state["method"] not in methods:
-            raise ValueError(f"it is one of {state['method']}")
+            raise ValueError(f"it is a checkpoint of {state['method']}")
         if not all(x.isfinite().all() for x in state["ema"].values()):
             raise ValueError("its weights are not finite")
     except Exception as error:  # whatever a damaged file makes zipfile and the unpickler raise
-        raise ValueError(f"{path} is missing, damaged or not a checkpoint of "
-                         f"{' or '.join(methods)}: {error}") from error
+        raise ValueError(f"{path} is missing, damaged or not one of {' or '.join(methods)}: "
+                         f"{error}") from error
     return state
 
 
 def setup(args):
-    """Make the run folder, join the processes of torchrun, seed the weights. Returns the device."""
+    """Make the run folder, join torchrun's processes, seed the initial weights -> the device."""
     best = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
-    out, device = Path(args.out), torch.device(best if args.device == "auto" else args.device)
+    device = torch.device(best if args.device == "auto" else args.device)
+    out = Path(args.out)
     if RANK > 0:
         sys.stdout = open(os.devnull, "w")  # the first process prints for all
     out.mkdir(parents=True, exist_ok=True)
@@ -533,12 +539,12 @@ def setup(args):
     if WORLD > 1:
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=datetime.timedelta(hours=2))  # for a download
-    torch.manual_seed(args.seed % 2**63)  # the same initial weights in every process
+    torch.manual_seed(args.seed % 2**63)  # takes any --seed; the same weights in every process
     return device
 
 
 def seed_all(*key):
-    """Make the random numbers from here on a function of key, such as (seed, step, process)."""
+    """Seed all generators with a hash of key, such as (seed, step, process)."""
     torch.manual_seed(zlib.crc32(repr(key).encode()))
 
 
@@ -549,24 +555,25 @@ def load_folder(args, num_test):
     runs = {x.parent for x in found if x.name in ("log.jsonl", "results.json")} - {Path()}
     crc = {x: zlib.crc32(x.as_posix().encode()) for x in found if not runs & {*x.parents}
            and x.suffix.lower() in IMG_EXTENSIONS and "__MACOSX" not in x.parts}
-    top = {x: x.parts[0].lower() for x in crc}
+    files = sorted(crc, key=crc.get)  # so that the first ones are a fair sample
+    top = {x: x.parts[0].lower() for x in files}
     tests = [x for x in ("test", "val", "valid", "validation") if {"train", x} <= {*top.values()}]
     if tests:
-        crc = {x: crc[x] for x in crc if top[x] in ("train", tests[0])}
-        test = {x for x in crc if top[x] != "train"}
+        files = [x for x in files if top[x] in ("train", tests[0])]
+        test = [x for x in files if top[x] == tests[0]]
     else:  # by a hash of the path: adding a file moves no other
-        test = {x for x in crc if crc[x] % 10 == 0} or {*sorted(crc, key=crc.get)[:1]}
-    paths = [x for x in crc if (x in test) != (num_test is None)]
-    paths = sorted(paths, key=crc.get)[:num_test]  # so that the first ones are a fair sample
-    class_of = {x: (*x.parts[bool(tests) : -1], "")[0] for x in crc}  # the folder below a split
-    names = sorted({*class_of.values()} - {""})
-    labels = torch.tensor([names.index(class_of[x]) if class_of[x] else -1 for x in paths])
-    mode = "L" if args.image_channels == 1 else "RGB"
-    images = torch.empty(len(paths), len(mode), H, W, dtype=torch.uint8)
+        test = [x for x in files if crc[x] % 10 == 0] or files[:1]
+    train = sorted({*files} - {*test}, key=crc.get)
+    paths = train if num_test is None else test[:num_test]
+    class_of = {x: x.parts[bool(tests) : -1][:1] for x in files}  # (the folder below a split,)
+    names = sorted({(), *class_of.values()})  # of no folder, (), is the first: label -1
+    labels = torch.tensor([names.index(class_of[x]) - 1 for x in paths])
+    mode, C = ("L", 1) if args.image_channels == 1 else ("RGB", 3)
+    images = torch.empty(len(paths), C, H, W, dtype=torch.uint8)
     for i, path in enumerate(paths):
         try:
             image = Image.open(root / path)
-            if image.mode[0] in "IF" or ";16" in str(image.tile):
+            if image.mode[0] in "IF" or ";16" in str(image.tile):  # integers, floats, 16-bit RGB
                 raise ValueError("more than 8 bits per channel")
             image.draft(None, (4 * max(H, W), 4 * max(H, W)))  # faster: JPEG's own coarser sizes
             image = ImageOps.exif_transpose(image).convert("RGBA")
@@ -585,27 +592,23 @@ def load_images(args, device, num_test=None):
     if args.dataset in TORCHVISION:
         kind = getattr(torchvision.datasets, TORCHVISION[args.dataset])
         root = Path(__file__).parent / "assets" if args.dataset == "digits" else args.data_dir
-        if LOCAL_RANK == 0:
-            kind(root, download=True)  # the first process of each machine
+        if LOCAL_RANK == 0:  # the first process of each machine
+            kind(root, download=args.dataset != "digits")
         if WORLD > 1:
             dist.barrier()
         data = kind(root, train=num_test is None)
         images, labels = (torch.as_tensor(x)[:num_test] for x in (data.data, data.targets))
         images = images[:, None] if images.dim() == 3 else images.permute(0, 3, 1, 2)
         images = resize(images, args.image_size, antialias=True).contiguous()
-        images = images.expand(-1, args.image_channels or -1, -1, -1)
     else:
         images, labels = load_folder(args, num_test)
     if len(images) == 0:
         raise ValueError(f"no {'training' if num_test is None else 'test'} images in "
                          f"{args.dataset}: take {', '.join(TORCHVISION)} or a folder of images")
+    if args.image_channels not in (0, images.shape[1]):
+        raise ValueError(f"--image-channels {args.image_channels}, but {args.dataset} has others")
     device = device if num_test or images.nbytes < 2**32 else "cpu"  # 4 GB
     return images.to(device), labels.to(device)
-
-
-def unet_options(args):
-    """UNet's keyword arguments."""
-    return {key: getattr(args, key) for key in UNET} | {"image_size": max(args.image_size)}
 
 
 def fast(net, args, device):
@@ -619,25 +622,27 @@ def fit(net, loss_fn, data, args, device, loaded=None, preview=None, method=METH
         file="checkpoint.pt"):
     """Train net to step args.steps; write log.jsonl and file; leave the EMA weights in net.
     data: tensors of one length: each step draws a batch of their rows for loss_fn(model, *batch), a
-    scalar. loaded: a checkpoint to continue; preview(net): uint8 images to look at. A step depends
-    on the weights and (seed, step, process) alone: a resumed run equals an uninterrupted one."""
-    weights, out, signals = list(net.parameters()), Path(args.out), []
+    scalar. loaded: a checkpoint to continue; preview(net): uint8 images to look at. A step's random
+    numbers depend on (seed, step, process) alone: a resumed run equals an uninterrupted one."""
+    parameters, out = list(net.parameters()), Path(args.out)
     first = loaded["step"] if loaded else 0
     if first > args.steps:
         raise ValueError(f"--steps {args.steps}: the checkpoint has done {first} already")
     ema = copy.deepcopy(net).eval().requires_grad_(False)
-    optimizer = torch.optim.Adam(weights, args.lr, fused=True)
+    optimizer = torch.optim.Adam(parameters, args.lr, fused=True)
     parts = {"model": net, "ema": ema, "optimizer": optimizer}
     if loaded:
         for key, part in parts.items():
             part.load_state_dict(loaded[key])
         shutil.rmtree(out / "images", ignore_errors=True)  # drawn by earlier weights
-    print(f"{[*data[0].shape]} data, {sum(p.numel() for p in weights):,} parameters, to {out}")
+    print(f"{sum(p.numel() for p in parameters):,} parameters, data {[*data[0].shape]}, in {out}")
+    signals = []
     handlers = {number: signal.signal(number, lambda n, _: signals.append(n))
                 for number in (signal.SIGINT, signal.SIGTERM)}
     model = fast(nn.parallel.DistributedDataParallel(net) if WORLD > 1 else net, args, device)
-    ema_weights, new_weights = list(ema.parameters()), [p.detach() for p in weights]
-    total, count, start = 0.0, 0, time.perf_counter()
+    ema_weights, new_weights = list(ema.parameters()), [p.detach() for p in parameters]
+    total, count = 0.0, 0
+    start = time.perf_counter()
     net.train()
     for step in range(first + 1, args.steps + 1):
         seed_all(args.seed, step, RANK)
@@ -650,19 +655,20 @@ def fit(net, loss_fn, data, args, device, loaded=None, preview=None, method=METH
         loss = loss_fn(model, *batch)
         optimizer.zero_grad()
         loss.backward()  # DistributedDataParallel averages the gradients of the processes
-        norm = nn.utils.clip_grad_norm_(weights, args.grad_clip or math.inf)
+        norm = nn.utils.clip_grad_norm_(parameters, args.grad_clip or math.inf)
         warm = step / max(1, args.warmup)
-        lr = args.lr * min(1, warm, warm**-args.lr_decay)
+        lr = args.lr * min(1, warm, warm**-args.lr_decay)  # rises linearly, then falls
         optimizer.param_groups[0]["lr"] = lr
         optimizer.step()
         decay = min(args.ema_decay, (1 + step) / (10 + step))
         torch._foreach_lerp_(ema_weights, new_weights, 1 - decay)
         total, count = total + loss.detach(), count + 1
 
-        number, rest = divmod(step, args.save_every)  # rest 0: checkpoint number
-        stop = RANK == 0 and bool(signals)  # the other processes ignore signals
-        save = stop or rest == 0 or step == args.steps
-        if RANK == 0 and (save or step == 1 or step % args.log_every == 0):
+        if RANK > 0:
+            continue  # the first process logs, saves and stops for all
+        stop, due = bool(signals), step % args.save_every == 0
+        save = stop or due or step == args.steps
+        if save or step == 1 or step % args.log_every == 0:
             line = {"step": step, "loss": float(total / count), "grad_norm": norm.item(), "lr": lr}
             if not math.isfinite(line["loss"] + line["grad_norm"]):
                 raise ValueError(f"loss or gradient is not finite, try a lower --lr: {line}")
@@ -672,16 +678,17 @@ def fit(net, loss_fn, data, args, device, loaded=None, preview=None, method=METH
                   f"{pace * (args.steps - step) / 60:.0f} minutes left", flush=True)
             with open(out / "log.jsonl", "a") as log:
                 print(json.dumps(line), file=log)
-        if RANK == 0 and save:
+        if save:
             state = {key: part.state_dict() for key, part in parts.items()}
             state |= {"method": method, "step": step, "settings": vars(args)}
             torch.save(state, out / f"{file}.part")
             os.replace(out / f"{file}.part", out / file)  # the old file or the new, never half
         if stop:
-            how = ": continue with --resume" if method == METHOD else ""
+            how = ": repeat the command with --resume" if method == METHOD else ""
             print(f"stopped after step {step}, saved as {out / file}{how}")
             sys.exit(128 + signals[0])
-        if preview and args.preview and rest == 0 and number.bit_count() == 1 and step < args.steps:
+        power_of_2 = (step // args.save_every).bit_count() == 1  # checkpoint 1, 2, 4, 8, ...
+        if preview and args.preview and due and power_of_2 and step < args.steps:
             seed_all(args.seed, "preview")
             save_grid(preview(ema), out / f"samples-{step}.png")
     for number, handler in handlers.items():
@@ -702,8 +709,8 @@ def batches(args):
 
 
 def keep(states, n, x):
-    """Add {n: eight samples} to states at 16 evenly spaced n, called by way of a sampler's callback
-    partial(keep, states). The first n is the number of all steps."""
+    """A sampler's callback, as partial(keep, states): keep eight samples, {n: x}, at 16 evenly
+    spaced n. The first n is the number of all steps."""
     if n in {math.ceil(max(states, default=n) * k / 15) for k in range(16)}:
         states[n] = x[:8].clone()
 
@@ -740,10 +747,11 @@ def save_grid(images, path, columns=0, labels=()):
 
 
 def do_tasks(args, loaded, trains, tasks, also, *objects):
-    """Do args.task and, after training for samples, the tasks `also`; write results.json."""
+    """Do args.task and, after a training with --task sample, those of `also`; results.json."""
     results = {"arguments": vars(args), "step": args.steps if trains else loaded["step"],
                "torch": torch.__version__, "date": time.strftime("%Y-%m-%d")}
-    for name in [args.task, *also] if trains and args.task == "sample" else [args.task]:
+    names = [args.task, *also] if trains and args.task == "sample" else [args.task]
+    for name in names:
         seed_all(args.seed, name)
         results[name] = tasks[name](args, *objects)
         text = json.dumps(results, indent=2, allow_nan=False)

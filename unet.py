@@ -120,9 +120,10 @@ class UNet(nn.Module):
 
     Level i works at 1 / 2^i of the resolution with channels * channel_mult[i] channels, in
     num_res_blocks blocks on the way down and one more on the way up. It has attention where
-    image_size / 2^i is one of attention_resolutions; H and W may differ from image_size and from
-    each other. t is embedded as it comes: DDPM's weights expect 0..T-1. ValueError: H or W is not
-    a multiple of 2^(levels - 1), x has other channels, or groups cannot split the channels.
+    image_size / 2^i is one of attention_resolutions (of a pair, the larger size); H and W may
+    differ from image_size and from each other. t is embedded as it comes: DDPM's weights expect
+    0..T-1. ValueError: H or W is not a multiple of 2^(levels - 1), x has other channels, or groups
+    cannot split the channels.
     block, down, up: what makes the parts; up_attends: every block on the way up may have attention,
     not only the last of a level (as in ScoreUNet)."""
 
@@ -141,7 +142,8 @@ class UNet(nn.Module):
         self.time_mlp = nn.Sequential(first, nn.SiLU(), second, nn.SiLU())  # the blocks' swish
         self.conv_in = init(nn.Conv2d(in_channels, channels, 3, padding=1))
         widths = [channels * m for m in channel_mult]
-        attends = [image_size / 2**i in attention_resolutions for i in range(len(widths))]
+        size = image_size if isinstance(image_size, (int, float)) else max(image_size)
+        attends = [size / 2**i in attention_resolutions for i in range(len(widths))]
 
         self.down, h, skips = nn.ModuleList(), channels, [channels]
         for i, width in enumerate(widths):
