@@ -791,8 +791,8 @@ def save_images(images, first, args):
 
 
 def save_pictures(args, states, to_uint8, columns=0):
-    """samples.png: the first 100 images, whichever process drew them; process.png: the states of
-    some samples from noise to image."""
+    """samples.png: the first 100 images, whichever process drew them, in a square or so many
+    columns; process.png: the states of some samples from noise to image."""
     files = sorted(Path(args.out, "images").iterdir())[:100]
     images = torch.stack([pil_to_tensor(Image.open(file)) for file in files])
     save_grid(images, Path(args.out, "samples.png"), columns)
@@ -814,7 +814,7 @@ def save_grid(images, path, columns=0, labels=()):
 
 
 def do_tasks(args, loaded, trains, tasks, also, *objects):
-    """Do args.task and, after a training with --task sample, those of `also`; results.json."""
+    """Do args.task, and `also` after a training with --task sample; write results.json."""
     results = {"arguments": vars(args), "step": args.steps if trains else loaded["step"],
                "torch": torch.__version__, "date": time.strftime("%Y-%m-%d")}
     names = [args.task, *also] if trains and args.task == "sample" else [args.task]

@@ -2081,10 +2081,8 @@ MISTAKES = {  # what is wrong, and what the last line says
         ("--steps -1", "--steps: -1 is not a finite number"),
         ("--attention-resolutions 16 --image-size 48 --channel-mult 1 1 1 1",
          "--attention-resolutions: .*48, 24, 12, 6"),
-        ("--dataset photos --image-size 48", "--attention-resolutions: .*48, 24"),
         ("--T 1", "need T >= 2"), ("--mix-at 21", "--mix-at 21 is beyond"),
         ("--channels 130", "multiple of 32"),
-        ("--variance learned", "--variance: invalid choice: 'learned'"),
         ("--resume", "runs/ddpm-digits/checkpoint.pt is missing, damaged .* No such file"),
         ("--checkpoint truncated.pt", "truncated.pt is missing, damaged"),
         ("--checkpoint text.pt", "text.pt is missing, damaged"),
@@ -2094,7 +2092,6 @@ MISTAKES = {  # what is wrong, and what the last line says
         ("--checkpoint ddim/checkpoint.pt", "not one of ddpm: it is a checkpoint of ddim"),
         ("--checkpoint ddpm/checkpoint.pt --channels 16", "--channels: the checkpoint has 8"),
         ("--checkpoint ddpm/checkpoint.pt --T 10", "--T: the checkpoint has 20"),
-        ("--checkpoint ddpm/checkpoint.pt --dataset nowhere --task bpd", "no test images in n"),
         ("--out ddpm", r"ddpm is not empty: --out OTHER, or --resume"),
         ("--out photos --checkpoint ddpm/checkpoint.pt", "photos is not empty: --out"),
         ("--out ddpm --resume --steps 3", "--steps 3: the checkpoint has done 4 already"),
@@ -2113,7 +2110,6 @@ MISTAKES = {  # what is wrong, and what the last line says
         ("--dataset gmm --eps 1e9 --T 20", "chains diverge"),
         ("--levels 1 --eps 0", "--eps needs a number"),
         ("--sigma-max 0.001", "need L >= 1, falling"),
-        ("--checkpoint ncsn/checkpoint.pt --settings 2019", "--settings: the checkpoint has 2020"),
         ("--checkpoint ncsn/checkpoint.pt --sigma-max 2", "--sigma-max: the checkpoint has 7.38"),
         ("--checkpoint ncsn/checkpoint.pt --eps 1e30", "not finite: --eps is too large"),
     ],
@@ -2121,13 +2117,10 @@ MISTAKES = {  # what is wrong, and what the last line says
         ("--num-steps 4", "N = 4 steps are too few"),
         ("--checkpoint sde/checkpoint.pt --task class --predictor ode", "other than ode"),
         ("--task class", "takes the --checkpoint"),
-        ("--predictor none --corrector none", "nothing would move"),
         ("--sde ve --sigma-max 0.001", "sigma from 0.01 to 0.001"),
         ("--task colorize", "takes colour images"), ("--deep", "--deep"),
-        ("--checkpoint sde/checkpoint.pt --sde ve", "--sde: the checkpoint has vp"),
         ("--checkpoint ddpm/checkpoint.pt", "--beta-max: the checkpoint has its own"),
         ("--checkpoint ddpm/checkpoint.pt --sde ve", "--sde: the checkpoint has vp"),
-        ("--checkpoint ddpm/checkpoint.pt --network ncsn++", "--network: the checkpoint has unet"),
     ],
     "sliced_sm": [
         ("--dataset gmm --task test", "gmm takes --task sample, --levels 1"),
@@ -2136,8 +2129,6 @@ MISTAKES = {  # what is wrong, and what the last line says
         ("--levels 1 --task test", "--task test"), ("--levels 1 --objective dsm", "needs noise"),
         ("--compile", "--compile cannot differentiate twice"),
         ("--checkpoint sliced_sm/checkpoint.pt --dataset gmm", "have different networks"),
-        ("--num-projections 0", "n_projections is 0"),
-        ("--checkpoint sliced_sm/checkpoint.pt --levels 5", "--levels: the checkpoint has 4"),
     ],
     "d3pm": [
         ("--method multinomial --hybrid 0.1", "multinomial is the uniform"),
@@ -2360,7 +2351,7 @@ def test_what_is_read_from_a_folder(folder, monkeypatch):
     assert load("grey", 8, channels=1)[0][0].shape[1] == 1
 
 
-def test_unusual_files_that_are_good_and_two_that_are_not(tmp_path, monkeypatch):
+def test_unusual_files_that_are_good(tmp_path):
     turned, palette = Image.Exif(), Image.new("P", (8, 4))
     turned[0x0112] = 3  # by 180 degrees
     palette.putpalette([0, 0, 0, 9, 9, 9])
@@ -2383,13 +2374,6 @@ def test_unusual_files_that_are_good_and_two_that_are_not(tmp_path, monkeypatch)
         image.save(tmp_path / path, **{"format": "PNG"} | options)
     images, rows = load(tmp_path, 4, 8)[0][0], torch.tensor([row for _, _, row in files])
     torch.testing.assert_close(images[:, :, 0].mT.long(), rows, rtol=0, atol=3)
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    for path, options, match in (("train/huge.png", {"size": (40, 40)}, ".*decompression bomb"),
-                                 ("train/bad.png", {"exif": b"Exif\0\0II"}, "")):
-        save(tmp_path / path, 0, **options)
-        with pytest.raises(ValueError, match=f"cannot read .*{path}: {match}"):
-            load(tmp_path, 4)
-        (tmp_path / path).unlink()
 
 
 def test_bundled_digits():
