@@ -536,7 +536,7 @@ def sample(args, device, net, process):
     model, process, tau = in_fewer_steps(args, fast(net, args, device), process)
     states, texts = {}, []
     for first, n in batches(args):
-        x_0 = draw(args, model, process, n, partial(keep, states) if first == 0 else None)
+        x_0 = draw(args, model, process, n, partial(keep, states))
         if of_text(args):
             texts += map(to_text, x_0)
         else:
@@ -544,7 +544,7 @@ def sample(args, device, net, process):
     if of_text(args):  # each process writes its own samples, the first one how a text emerged
         name = f"samples-{RANK}.txt" if RANK else "samples.txt"
         Path(args.out, name).write_text("\n\n".join(texts) + "\n")
-        if states:
+        if RANK == 0:
             lines = [f"{tau[t]:5d}  {to_text(x[0])}\n" for t, x in states.items()]
             Path(args.out, "process.txt").write_text("".join(lines))
     else:
@@ -929,9 +929,9 @@ def batches(args):
 
 
 def keep(states, n, x):
-    """A sampler's callback, as partial(keep, states): keep eight samples, {n: x}, at 16 evenly
-    spaced n. The first n is the number of all steps."""
-    if n in {math.ceil(max(states, default=n) * k / 15) for k in range(16)}:
+    """A sampler's callback, as partial(keep, states): keep eight samples of the first batch,
+    {n: x}, at 16 evenly spaced n. The first n is the number of all steps."""
+    if n not in states and n in {math.ceil(max(states, default=n) * k / 15) for k in range(16)}:
         states[n] = x[:8].clone()
 
 

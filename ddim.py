@@ -324,12 +324,11 @@ def draw(args, device, net, schedule, n, **options):
 def sample(args, device, net, schedule):
     analytic, states = args.variance == "analytic", {}
     options = {"eta": args.eta, "sigma_hat": args.sigma_hat,
-               "clip": args.clip or args.sigma_hat or analytic}
+               "clip": args.clip or args.sigma_hat or analytic, "callback": partial(keep, states)}
     if analytic:
         options["gamma"] = optimal_gamma(args, device, net, schedule)
     net = fast(net, args, device)
     for first, n in batches(args):
-        options["callback"] = partial(keep, states) if first == 0 else None
         save_images(to_uint8(draw(args, device, net, schedule, n, **options)), first, args)
     save_pictures(args, states, to_uint8)
     return {"n": args.num_samples, "evaluations": args.num_steps, "clip": options["clip"]}
@@ -709,9 +708,9 @@ def batches(args):
 
 
 def keep(states, n, x):
-    """A sampler's callback, as partial(keep, states): keep eight samples, {n: x}, at 16 evenly
-    spaced n. The first n is the number of all steps."""
-    if n in {math.ceil(max(states, default=n) * k / 15) for k in range(16)}:
+    """A sampler's callback, as partial(keep, states): keep eight samples of the first batch,
+    {n: x}, at 16 evenly spaced n. The first n is the number of all steps."""
+    if n not in states and n in {math.ceil(max(states, default=n) * k / 15) for k in range(16)}:
         states[n] = x[:8].clone()
 
 

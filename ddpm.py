@@ -282,7 +282,7 @@ def draw(args, device, net, schedule, n, callback=None):
 def sample(args, device, net, schedule):
     net, states = fast(net, args, device), {}
     for first, n in batches(args):
-        x_0 = draw(args, device, net, schedule, n, partial(keep, states) if first == 0 else None)
+        x_0 = draw(args, device, net, schedule, n, partial(keep, states))
         save_images(to_uint8(x_0), first, args)
     save_pictures(args, states, to_uint8)
     return {"n": args.num_samples, "evaluations": args.T}
@@ -312,8 +312,8 @@ def interpolation(args, device, net, schedule):
     if len(x_0) < 2:
         raise ValueError("task interpolate needs two test images")
     x_0, x_0_prime = x_0[: len(x_0) // 2 * 2].chunk(2)
-    t, fractions = args.mix_at or args.T // 2, [k / 10 for k in range(11)]
-    mixed = interpolate(eps_model(fast(net, args, device)), x_0, x_0_prime, t, fractions, schedule,
+    model, t = eps_model(fast(net, args, device)), args.mix_at or args.T // 2
+    mixed = interpolate(model, x_0, x_0_prime, t, [k / 10 for k in range(11)], schedule,
                         args.variance, args.clip)
     rows = torch.stack([x_0, *mixed, x_0_prime], dim=1)  # (8, 13, C, H, W)
     save_grid(to_uint8(rows.flatten(0, 1)), Path(args.out, "interpolation.png"), columns=13)
@@ -635,9 +635,9 @@ def batches(args):
 
 
 def keep(states, n, x):
-    """A sampler's callback, as partial(keep, states): keep eight samples, {n: x}, at 16 evenly
-    spaced n. The first n is the number of all steps."""
-    if n in {math.ceil(max(states, default=n) * k / 15) for k in range(16)}:
+    """A sampler's callback, as partial(keep, states): keep eight samples of the first batch,
+    {n: x}, at 16 evenly spaced n. The first n is the number of all steps."""
+    if n not in states and n in {math.ceil(max(states, default=n) * k / 15) for k in range(16)}:
         states[n] = x[:8].clone()
 
 

@@ -599,8 +599,8 @@ def sample(args, device, net, process):
     net = net if args.predictor == "ode" else fast(net, args, device)
     score = score_of(args, net, process)
     for first, n in batches(args):
-        x_T, record = prior(args, device, process, n), partial(keep, states)
-        x_0, calls = draw(args, score, process, x_T, options, None if first else record)
+        x_T = prior(args, device, process, n)
+        x_0, calls = draw(args, score, process, x_T, options, partial(keep, states))
         save_images(to_uint8(args, process, x_0), first, args)
     save_pictures(args, states, lambda x: to_uint8(args, process, x))
     return {"n": args.num_samples, "evaluations": calls}
@@ -1095,9 +1095,9 @@ def batches(args):
 
 
 def keep(states, n, x):
-    """A sampler's callback, as partial(keep, states): keep eight samples, {n: x}, at 16 evenly
-    spaced n. The first n is the number of all steps."""
-    if n in {math.ceil(max(states, default=n) * k / 15) for k in range(16)}:
+    """A sampler's callback, as partial(keep, states): keep eight samples of the first batch,
+    {n: x}, at 16 evenly spaced n. The first n is the number of all steps."""
+    if n not in states and n in {math.ceil(max(states, default=n) * k / 15) for k in range(16)}:
         states[n] = x[:8].clone()
 
 

@@ -330,7 +330,7 @@ def draw(args, device, net, sigmas, n, callback=None):
 def sample(args, device, net, sigmas):
     net, states = fast(net, args, device), {}
     for first, n in batches(args):
-        x = draw(args, device, net, sigmas, n, partial(keep, states) if first == 0 else None)
+        x = draw(args, device, net, sigmas, n, partial(keep, states))
         save_images(to_uint8(x), first, args)
     save_pictures(args, states, to_uint8)
     return {"n": args.num_samples, "evaluations": args.levels * args.T + args.denoise}
@@ -776,9 +776,9 @@ def batches(args):
 
 
 def keep(states, n, x):
-    """A sampler's callback, as partial(keep, states): keep eight samples, {n: x}, at 16 evenly
-    spaced n. The first n is the number of all steps."""
-    if n in {math.ceil(max(states, default=n) * k / 15) for k in range(16)}:
+    """A sampler's callback, as partial(keep, states): keep eight samples of the first batch,
+    {n: x}, at 16 evenly spaced n. The first n is the number of all steps."""
+    if n not in states and n in {math.ceil(max(states, default=n) * k / 15) for k in range(16)}:
         states[n] = x[:8].clone()
 
 
