@@ -484,8 +484,9 @@ def load_checkpoint(path, methods):
         if not all(x.isfinite().all() for x in state["ema"].values()):
             raise ValueError("its weights are not finite")
     except Exception as error:  # whatever a damaged file makes zipfile and the unpickler raise
+        reason = str(error).partition("\n")[0]  # torch says more
         raise ValueError(f"{path} is missing, damaged or not one of {' or '.join(methods)}: "
-                         f"{error}") from error
+                         f"{reason}") from error
     return state
 
 
@@ -587,7 +588,7 @@ def fast(net, args, device):
 
 
 def fit(net, loss_fn, data, args, device, loaded=None, preview=None, method=METHOD,
-        file="checkpoint.pt"):
+        file="checkpoint.pt", again="repeat the command with --resume"):
     """Train net to step args.steps; write log.jsonl and file; leave the EMA weights in net.
     data: tensors of one length: each step draws a batch of their rows for loss_fn(model, *batch), a
     scalar. loaded: a checkpoint to continue; preview(net): uint8 images to look at. A step's random
@@ -638,8 +639,8 @@ def fit(net, loss_fn, data, args, device, loaded=None, preview=None, method=METH
         save = stop or due or step == args.steps
         if save or step == 1 or step % args.log_every == 0:
             line = {"step": step, "loss": float(total / count), "grad_norm": norm.item(), "lr": lr}
-            if not math.isfinite(line["loss"] + line["grad_norm"]):
-                raise ValueError(f"loss or gradient is not finite, try a lower --lr: {line}")
+            if not torch.stack([x.isfinite().all() for x in (total, norm, *new_weights)]).all():
+                raise ValueError(f"loss, gradient or weights not finite, try a lower --lr: {line}")
             total, count = 0.0, 0
             pace = (time.perf_counter() - start) / (step - first)  # seconds per step
             print(f"step {step} of {args.steps}: loss {line['loss']:.4f}, {1 / pace:.3g} steps/s, "
@@ -652,8 +653,7 @@ def fit(net, loss_fn, data, args, device, loaded=None, preview=None, method=METH
             torch.save(state, out / f"{file}.part")
             os.replace(out / f"{file}.part", out / file)  # the old file or the new, never half
         if stop:
-            how = ": repeat the command with --resume" if method == METHOD else ""
-            print(f"stopped after step {step}, saved as {out / file}{how}")
+            print(f"stopped after step {step}, saved as {out / file}: {again}")
             sys.exit(128 + signals[0])
         power_of_2 = (step // args.save_every).bit_count() == 1  # checkpoint 1, 2, 4, 8, ...
         if preview and args.preview and due and power_of_2 and step < args.steps:

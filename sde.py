@@ -713,8 +713,8 @@ class Classifier(UNet):
 
 
 def train_classifier(args, device, process):
-    """A classifier(x, t) -> logits (B, K), and K: a new one, saved as OUT/classifier.pt, or that of
-    --classifier, with the rest of its training if this was interrupted."""
+    """A classifier(x, t) -> logits (B, K), K and its steps: a new one, saved as OUT/classifier.pt,
+    or that of --classifier, with the rest of its training if this was interrupted."""
     method, loaded, steps = "sde's classifier", None, args.classifier_steps
     if args.classifier:
         loaded = load_checkpoint(args.classifier, [method])
@@ -731,13 +731,13 @@ def train_classifier(args, device, process):
     fit(net, lambda model, images, labels: classifier_loss(
         classifier_model(model, process), training_images(args, process, images), labels, process),
         [images, labels], argparse.Namespace(**vars(args) | {"steps": steps}), device, loaded,
-        method=method, file="classifier.pt")
-    return classifier_model(net.eval().requires_grad_(False), process), K
+        method=method, file="classifier.pt", again="take it as --classifier with another --out")
+    return classifier_model(net.eval().requires_grad_(False), process), K, steps
 
 
 def class_conditional(args, device, net, process):
     """Samples of every class, and the classifier's accuracy at each t (Fig. 13)."""
-    classify, K = train_classifier(args, device, process)
+    classify, K, steps = train_classifier(args, device, process)
     images, labels = load_images(args, device, 1000)
     x_0, table = to_float(process, images), []
     for t in (1e-5, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7):
@@ -752,7 +752,8 @@ def class_conditional(args, device, net, process):
                       prior(args, device, process, n), **chain(args))
         save_images(to_uint8(args, process, x), first, args)
     save_pictures(args, {}, to_uint8, columns=K)
-    return {"n": args.num_samples, "class": f"image i is of class i mod {K}", "t_accuracy": table}
+    return {"n": args.num_samples, "class": f"image i is of class i mod {K}", "t_accuracy": table,
+            "classifier_steps": steps}
 
 
 TASKS = {"sample": sample, "samplers": samplers, "bpd": bpd, "interpolate": interpolate,
@@ -902,8 +903,9 @@ def load_checkpoint(path, methods):
         if not all(x.isfinite().all() for x in state["ema"].values()):
             raise ValueError("its weights are not finite")
     except Exception as error:  # whatever a damaged file makes zipfile and the unpickler raise
+        reason = str(error).partition("\n")[0]  # torch says more
         raise ValueError(f"{path} is missing, damaged or not one of {' or '.join(methods)}: "
-                         f"{error}") from error
+                         f"{reason}") from error
     return state
 
 
@@ -1005,7 +1007,7 @@ def fast(net, args, device):
 
 
 def fit(net, loss_fn, data, args, device, loaded=None, preview=None, method=METHOD,
-        file="checkpoint.pt"):
+        file="checkpoint.pt", again="repeat the command with --resume"):
     """Train net to step args.steps; write log.jsonl and file; leave the EMA weights in net.
     data: tensors of one length: each step draws a batch of their rows for loss_fn(model, *batch), a
     scalar. loaded: a checkpoint to continue; preview(net): uint8 images to look at. A step's random
@@ -1056,8 +1058,8 @@ def fit(net, loss_fn, data, args, device, loaded=None, preview=None, method=METH
         save = stop or due or step == args.steps
         if save or step == 1 or step % args.log_every == 0:
             line = {"step": step, "loss": float(total / count), "grad_norm": norm.item(), "lr": lr}
-            if not math.isfinite(line["loss"] + line["grad_norm"]):
-                raise ValueError(f"loss or gradient is not finite, try a lower --lr: {line}")
+            if not torch.stack([x.isfinite().all() for x in (total, norm, *new_weights)]).all():
+                raise ValueError(f"loss, gradient or weights not finite, try a lower --lr: {line}")
             total, count = 0.0, 0
             pace = (time.perf_counter() - start) / (step - first)  # seconds per step
             print(f"step {step} of {args.steps}: loss {line['loss']:.4f}, {1 / pace:.3g} steps/s, "
@@ -1070,8 +1072,7 @@ def fit(net, loss_fn, data, args, device, loaded=None, preview=None, method=METH
             torch.save(state, out / f"{file}.part")
             os.replace(out / f"{file}.part", out / file)  # the old file or the new, never half
         if stop:
-            how = ": repeat the command with --resume" if method == METHOD else ""
-            print(f"stopped after step {step}, saved as {out / file}{how}")
+            print(f"stopped after step {step}, saved as {out / file}: {again}")
             sys.exit(128 + signals[0])
         power_of_2 = (step // args.save_every).bit_count() == 1  # checkpoint 1, 2, 4, 8, ...
         if preview and args.preview and due and power_of_2 and step < args.steps:

@@ -2086,7 +2086,7 @@ MISTAKES = {  # what is wrong, and what the last line says
         ("--resume", "runs/ddpm-digits/checkpoint.pt is missing, damaged .* No such file"),
         ("--checkpoint truncated.pt", "truncated.pt is missing, damaged"),
         ("--checkpoint text.pt", "text.pt is missing, damaged"),
-        ("--checkpoint hostile.pt", "hostile.pt is missing, damaged"),
+        ("--checkpoint hostile.pt", r"^hostile.pt is missing, damaged [^\n]*\Z"),
         ("--checkpoint keyless.pt", "keyless.pt is missing, damaged .* 'ema'"),
         ("--checkpoint nan.pt", "nan.pt .* not finite"),
         ("--checkpoint ddim/checkpoint.pt", "not one of ddpm: it is a checkpoint of ddim"),
@@ -2462,6 +2462,10 @@ def test_what_is_not_finite_ends_the_run_and_keeps_its_checkpoint(folder, loss):
     state = load_state("run")
     assert next(count) == 8 and state["step"] == 6 and state["model"]["w"].isfinite().all()
     assert [line["step"] for line in log_lines("run")] == [1, 6]
+    shutil.rmtree("run")
+    with pytest.raises(ValueError, match="weights not finite, try a lower --lr: .*'step': 1"):
+        fit_toy("--lr 1e39", lambda w, rows: w.sum())
+    assert not Path("run/checkpoint.pt").exists()
 
 
 def test_rows_of_all_parts_stay_together_and_flips_mirror(folder):
@@ -2820,7 +2824,8 @@ def test_classifiers_are_taken_completed_and_not_mixed_up(folder):
     for steps, words in ((3, "--out half"), (5, "--out whole"),
                          (5, "--classifier half.pt --out rest"),
                          (5, "--classifier whole/classifier.pt --out other")):
-        use(sde, "run", "class", f"--num-samples 2 --classifier-steps {steps} {words}")
+        found = use(sde, "run", "class", f"--num-samples 2 --classifier-steps {steps} {words}")
+        assert found["classifier_steps"] == steps
         half = load_state("half/classifier.pt")  # as if interrupted at step 3 of 5
         torch.save(half | {"settings": half["settings"] | {"steps": 5}}, "half.pt")
     assert equal(weights_of("rest/classifier.pt"), weights_of("whole/classifier.pt"))
