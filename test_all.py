@@ -2127,7 +2127,6 @@ MISTAKES = {  # what is wrong, and what the last line says
         ("--dataset gmm --levels 1 --flip", "gmm takes .* --no-flip"),
         ("--data-noise 0.1", "--data-noise takes --levels 1"),
         ("--levels 1 --task test", "--task test"), ("--levels 1 --objective dsm", "needs noise"),
-        ("--compile", "--compile cannot differentiate twice"),
         ("--checkpoint sliced_sm/checkpoint.pt --dataset gmm", "have different networks"),
     ],
     "d3pm": [
