@@ -675,7 +675,7 @@ def fit(net, loss_fn, data, args, device, loaded=None, preview=None, method=METH
             total, count = 0.0, 0
             pace = (time.perf_counter() - start) / (step - first)  # seconds per step
             print(f"step {step} of {args.steps}: loss {line['loss']:.4f}, {1 / pace:.3g} steps/s, "
-                  f"{pace * (args.steps - step) / 60:.0f} minutes left", flush=True)
+                  f"{pace * (args.steps - step) / 60:.1f} minutes left", flush=True)
             with open(out / "log.jsonl", "a") as log:
                 print(json.dumps(line), file=log)
         if save:
