@@ -252,7 +252,7 @@ def d3pm_sample(model, x_T, diffusion, final_mode=False, t_start=None, callback=
     """x_T ~ p(x_T) -> x_0, like x_T (B, ...), in T evaluations of the model. final_mode: x_0 is the
     mode of p(x_0 | x_1), as released, and not drawn. t_start: begin at this step, with x_T as its
     x_t. callback(t, x_t) is called with every state, (T, x_T), or (t_start, x_T), to (0, x_0)."""
-    callback = callback or (lambda t, x_t: None)
+    callback = (lambda t, x_t: None) if callback is None else callback
     x_t = x_T
     for step in range(diffusion.T if t_start is None else t_start, 0, -1):
         callback(step, x_t)

@@ -166,7 +166,7 @@ def ddim_sample(model, x_T, schedule, tau, eta=0.0, clip=False, sigma_hat=False,
     callback(i, x_t) is called with every state, i the steps that are left: S for x_T, 0 for x_0."""
     if sigma_hat and gamma is not None:
         raise ValueError("sigma_hat and gamma are two choices of the noise: take one of them")
-    callback = callback or (lambda i, x_t: None)
+    callback = (lambda i, x_t: None) if callback is None else callback
     x_t, sigmas = x_T, None
     if sigma_hat:
         alpha_bar = schedule.alpha_bar[tau]

@@ -154,7 +154,7 @@ def ddpm_sample(model, x_T, schedule, variance="large", clip=True, t_start=None,
     """Alg. 2: x_T ~ N(0, I) -> x_0, like x_T, in T evaluations of the model.
     t_start: begin at this step, with x_T as its x_t. callback(t, x_t) is called with every state,
     from (T, x_T), or (t_start, x_T), to (0, x_0)."""
-    callback = callback or (lambda t, x_t: None)
+    callback = (lambda t, x_t: None) if callback is None else callback
     x_t = x_T
     for step in range(schedule.T if t_start is None else t_start, 0, -1):  # Alg. 2, line 2
         callback(step, x_t)

@@ -274,7 +274,8 @@ def pc_sample(score, sde, x_T, N=1000, predictor="reverse_diffusion", corrector=
     dt = (1 - sde.eps) / N
     times = torch.linspace(sde.eps, 1, N + 1, dtype=precision(x_T.device), device=x_T.device)
     times = times[:, None].expand(-1, len(x_T))  # (N + 1, B), index = the step i
-    constrain, callback = constrain or (lambda x, t: x), callback or (lambda i, x: None)
+    constrain = (lambda x, t: x) if constrain is None else constrain
+    callback = (lambda i, x: None) if callback is None else callback
     x = constrain(x_T, times[N])
     for i in range(N, 0, -1):  # Alg. 1, line 2; i is the paper's i + 1
         callback(i, x)

@@ -162,7 +162,7 @@ def expand(a, x):
 def langevin(score, x, eps, T, callback=None):
     """T steps of Langevin dynamics, each of size eps, from x (B, ...); here score(x) is like x.
     callback(n, x) is called with every state, n the steps that are left: T ... 0."""
-    callback = callback or (lambda n, x: None)
+    callback = (lambda n, x: None) if callback is None else callback
     for n in range(T, 0, -1):
         callback(n, x)
         x = x + eps / 2 * score(x) + eps**0.5 * torch.randn_like(x)  # Eq. (4)
@@ -185,7 +185,7 @@ def annealed_langevin(score, x, sigmas, eps, T, denoise=False, callback=None):
     """Alg. 1 from x (B, ...), in the papers U[0, 1]: L T evaluations of score(x, sigma).
     eps: the step size at sigma_L. denoise: one more evaluation, for the mean of the data given x
     (NCSNv2, Alg. 1). callback: like langevin's, n from L T to 0, which is the denoised state."""
-    callback = callback or (lambda n, x: None)
+    callback = (lambda n, x: None) if callback is None else callback
     n = len(sigmas) * T  # steps that are left
     for sigma in sigmas:  # Alg. 1, line 2
         alpha = eps * sigma**2 / sigmas[-1] ** 2  # Alg. 1, line 3

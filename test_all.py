@@ -1527,10 +1527,17 @@ def run_sampler(name, N, callback):
     return x, out, model, times
 
 
+class Shown(list):
+    """A callback that is false as long as it has seen nothing."""
+
+    def __call__(self, n, x):
+        self.append((n, x))
+
+
 @pytest.mark.parametrize(("name", "N"), [(name, N) for name in SAMPLERS for N in SAMPLERS[name]])
 def test_samplers_evaluate_as_often_as_asked_and_show_every_state(name, N):
-    shown = []
-    x_T, out, model, times = run_sampler(name, N, lambda n, x: shown.append((n, x)))
+    shown = Shown()
+    x_T, out, model, times = run_sampler(name, N, shown)
     assert out.isfinite().all() and out.shape == x_T.shape and not out.requires_grad
     assert name != "ddpm" or out.abs().max() <= 1  # unless it is told otherwise, it clips x_0_hat
     if times is not None:
